@@ -52,6 +52,7 @@ DEBUG = switch("KVBM_DEBUG")
 SANITIZE = sanitizer()
 VARIANT = "-".join(([SANITIZE] if SANITIZE else []) + (["debug"] if DEBUG else []))
 BUILD_BASE = Path("build", VARIANT)
+LIBRARY = str(BUILD_BASE / "lib")
 
 
 def compile_args() -> list[str]:
@@ -104,11 +105,12 @@ class BuildExt(build_ext):
     """The ordinary build_ext, which refuses to put a variant where the normal build lives."""
 
     def finalize_options(self) -> None:
+        """Complete the options; end the build where the normal one would be overwritten."""
         super().finalize_options()
         if VARIANT and (self.inplace or self.editable_mode):
             sys.exit(
                 f"setup.py: an in-place build of the {VARIANT} variant would replace the normal "
-                f"build: use 'python setup.py build', which writes {BUILD_BASE / 'lib'}"
+                f"build: use 'python setup.py build', which writes {LIBRARY}"
             )
 
 
@@ -116,7 +118,8 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
     options={
-        "build": {"build_base": str(BUILD_BASE), "build_lib": str(BUILD_BASE / "lib")},
         "build_ext": {"parallel": min(4, os.cpu_count() or 1)},
+        # The normal build keeps setuptools' folders, which are one a version of Python.
+        **({"build": {"build_base": str(BUILD_BASE), "build_lib": LIBRARY}} if VARIANT else {}),
     },
 )

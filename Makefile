@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# Thin: what happens is in scripts/. KVBM_VENV=DIR puts the virtual environment elsewhere;
+# PYTEST_ARGS goes to pytest (make test-fast PYTEST_ARGS="-x -k segment").
+
+PYTHON ?= python3
+VENV := $(or $(KVBM_VENV),.venv)
+RUN := $(VENV)/bin/python
+SETUP := $(PYTHON) scripts/setup_env.py
+PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-vllm build demo test test-fast e2e stress bench lint tsan asan clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup:  ## virtual environment with kvbm built in place and the development tools
+	@$(SETUP)
+
+setup-vllm:  ## the same with vLLM: the installed one, else its CPU build
+	@$(SETUP) --vllm
+
+build: setup  ## the extension modules in place
+
+demo: setup-vllm  ## vLLM with and without kvbm on a multi-turn workload, and a table of both
+	@$(RUN) -m bench.demo
+
+test: setup-vllm  ## everything that needs no GPU, with real vLLM
+	@$(PYTEST) -m "not gpu and not stress"
+
+test-fast: setup  ## the unit tests, within two minutes
+	@$(PYTEST) -m "not gpu and not stress and not e2e and not slow"
+
+e2e: setup-vllm  ## the tests against real vLLM
+	@$(PYTEST) -m "e2e and not gpu"
+
+stress: setup  ## many processes on one segment, crashes, sanitized builds
+	@$(PYTEST) -m "stress and not gpu"
+
+bench: setup  ## the benchmarks; bench/README.md says what they measure
+	@$(PYTEST) bench -o python_files='bench_*.py' -o timeout=0 --benchmark-columns=min,median,ops
+
+lint: setup  ## ruff, mypy, stubtest, cython-lint, codespell, and the project's own rules
+	@$(RUN) scripts/lint.py
+
+tsan: setup  ## the tests of kvbm/_fast on a build with ThreadSanitizer
+	@$(RUN) scripts/sanitize.py thread
+
+asan: setup  ## the same with AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(RUN) scripts/sanitize.py address
+
+clean:  ## what a build leaves; the virtual environment stays
+	@rm -rf build dist kvbm.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@rm -f kvbm/_fast/*.so
