@@ -58,6 +58,11 @@ def codespell() -> list[str]:
     return [str(Path(sys.executable).parent / "codespell"), *existing(TEXT_PATHS)]
 
 
+def tidy() -> list[str]:
+    """The project's own rules."""
+    return [sys.executable, "-m", "scripts.tidy"]
+
+
 CHECKS: dict[str, Callable[[], list[str]]] = {
     "ruff-check": ruff_check,
     "ruff-format": ruff_format,
@@ -65,6 +70,7 @@ CHECKS: dict[str, Callable[[], list[str]]] = {
     "stubtest": stubtest,
     "cython-lint": cython_lint,
     "codespell": codespell,
+    "tidy": tidy,
 }
 
 
