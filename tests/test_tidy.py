@@ -57,7 +57,7 @@ BREACHES = {
         ("tests/test_x.py", "from time import monotonic, sle" + "ep"),
     ],
     tidy.machine_paths: [("README.md", "cd /wo" + "rk/main"), ("kvbm/x.py", "'/ho" + "me/joe/x'")],
-    tidy.url_hosts: [("README.md", "see https://registry.example" + ".org/simple")],
+    tidy.url_hosts: [("README.md", "see https:/" + "/registry.example.org/simple")],
     tidy.fast_imports_only_fast: [
         ("kvbm/_fast/x.pyx", "from kvbm.errors import KvbmError"),
         ("kvbm/_fast/x.pyx", "from .. import errors"),
