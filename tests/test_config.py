@@ -256,10 +256,12 @@ def test_a_size_that_holds_no_block_names_its_own_variable() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(cpu_cache_gb=0.1), Settings(cpu_cache_override_num_blocks=1)]
+    ("field", "size"), [("cpu_cache_gb", 0.1), ("cpu_cache_override_num_blocks", 1)]
 )
-def test_a_host_tier_is_enough(settings: Settings) -> None:
-    settings.require_a_tier()
+def test_a_host_tier_is_enough_if_it_has_a_size(field: str, size: float) -> None:
+    load_settings({field: size}, {}).require_a_tier()
+    with pytest.raises(ConfigError):
+        load_settings({field: 0}, {}).require_a_tier()
 
 
 def test_no_tier_is_an_error_that_says_what_to_set() -> None:

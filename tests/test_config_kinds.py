@@ -14,7 +14,7 @@ from kvbm.errors import ConfigError
 
 WORDS = [("1", True), ("TRUE", True), ("on", True), (" Yes ", True), ("0", False), ("off", False)]
 WORDS += [("False", False), ("no", False)]
-NO_WORDS = ["2", "y", "enabled", "ture"]
+NO_WORDS = ["2", "y", "enabled", "yess"]
 ANY = [("1", True), ("0", True), ("false", True), ("", True), (" ", True)]
 GB = [("8", 8.0), ("0.5", 0.5), ("1e3", 1000.0), ("0", 0.0), (" 8 ", 8.0)]
 NO_GB = ["8GB", "-1", "nan", "inf", "1,5", "true"]
