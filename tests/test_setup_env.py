@@ -138,7 +138,8 @@ def test_the_cpu_build_is_found_under_the_engines_name(env: Environment) -> None
     env.site_packages().mkdir(parents=True)
     setup_env.name_vllm(env)
     code = (
-        "import importlib.metadata as m, sys; sys.path[:] = sys.argv[1:]; print(m.version('vllm'))"
+        "import importlib.metadata, sys; sys.path.insert(0, sys.argv[1]); "
+        "print(importlib.metadata.version('vllm'))"
     )
     command = [sys.executable, "-c", code, str(env.site_packages())]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
