@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvbm._fast.layout cimport kv_view
+
+cdef struct Candidate:
+    uint64_t recency
+    uint32_t block
+    uint32_t generation
+
+cdef struct CandidateHeap:      # binary min-heap by recency, then by block
+    Candidate *items
+    uint32_t count
+    uint32_t capacity
+    uint64_t recency_max        # the latest that was ever pushed
+
+# One leader's private picture of what to evict next; nothing of it is shared.
+cdef struct Evictor:
+    CandidateHeap ready         # victims in order
+    CandidateHeap gathering     # what the sweep in progress has found
+    uint64_t sweep_start_tick   # later ticks are left to the next sweep
+    uint32_t cursor             # next block that the sweep looks at
+    uint32_t sweep_step         # blocks looked at a call
+    uint64_t found_nothing_ns   # when a sweep over everything found nothing, 0 = it did not
+
+cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil
+cdef void evictor_free(Evictor *e) noexcept nogil
+cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil
+cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil
+cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
+                       uint32_t *host_slot) noexcept nogil

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which block to evict: upstream's order, found without a shared list.
+
+The order is (priority, tick of the last return), smallest first, among blocks that nobody holds and
+that have no registered child (leaves first). Shared memory has only each block's recency and word;
+each leader keeps two private heaps:
+
+* a sweep walks the block table a few blocks a call and gathers the evictable ones that were
+  returned before it began;
+* when `ready` is used up, what was gathered becomes `ready`, and the next sweep begins;
+* victims come from `ready` in order. An entry is believed only if word and recency are still what
+  they were; a block that was touched since has a later recency and is left to the next sweep;
+* a block that becomes evictable on the way (a parent that lost its last child, a block returned
+  with a low priority) is offered to the heaps.
+
+For one leader and one priority this is exact LRU: all that is not in `ready` was returned after
+everything in it. A block returned with a lower priority while a sweep is under way may be found one
+sweep late. With several leaders each sees the others' returns and evictions through the blocks
+themselves, and finds blocks that others made evictable at its next sweep. Work a call is bounded;
+the exception is a `ready` that runs dry before the sweep has ended, which then ends at once.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from kvbm._fast.atomics cimport kv_u64_load_acquire, kv_u64_load_relaxed
+from kvbm._fast.blocks cimport block_evict, monotonic_ns
+from kvbm._fast.layout cimport (
+    KV_C_EVICTED,
+    KV_HOLDERS_MASK,
+    KV_NONE,
+    KV_REGISTERED,
+    kv_block,
+    kv_count,
+    kv_recency_tick,
+    kv_view,
+    kv_word_children,
+    kv_word_generation,
+    kv_word_state,
+)
+
+cdef enum:
+    SWEEP_STEP_MIN = 16
+    RETRY_EMPTY_NS = 1000000       # after a sweep that found nothing, do not sweep again for 1 ms
+
+
+cdef inline bint before(const Candidate *a, const Candidate *b) noexcept nogil:
+    return a.recency < b.recency or (a.recency == b.recency and a.block < b.block)
+
+
+cdef void heap_push(CandidateHeap *h, Candidate c) noexcept nogil:
+    cdef uint32_t i = h.count, parent
+    if h.count == h.capacity:
+        return  # a candidate left out is found by the next sweep
+    h.count += 1
+    if c.recency > h.recency_max:
+        h.recency_max = c.recency
+    while i > 0:
+        parent = (i - 1) // 2
+        if not before(&c, &h.items[parent]):
+            break
+        h.items[i] = h.items[parent]
+        i = parent
+    h.items[i] = c
+
+
+cdef Candidate heap_pop(CandidateHeap *h) noexcept nogil:
+    cdef Candidate top = h.items[0]
+    cdef Candidate last
+    cdef uint32_t i = 0, child
+    h.count -= 1
+    if h.count == 0:
+        return top
+    last = h.items[h.count]
+    while True:
+        child = 2 * i + 1
+        if child >= h.count:
+            break
+        if child + 1 < h.count and before(&h.items[child + 1], &h.items[child]):
+            child += 1
+        if not before(&h.items[child], &last):
+            break
+        h.items[i] = h.items[child]
+        i = child
+    h.items[i] = last
+    return top
+
+
+cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
+    """Memory for a table of `capacity` blocks.
+
+    Pages are touched only when used. False: out of memory.
+    """
+    e.ready.items = <Candidate *>calloc(capacity, sizeof(Candidate))
+    e.gathering.items = <Candidate *>calloc(capacity, sizeof(Candidate))
+    if e.ready.items == NULL or e.gathering.items == NULL:
+        evictor_free(e)
+        return False
+    e.ready.capacity = e.gathering.capacity = capacity
+    e.ready.count = e.gathering.count = 0
+    e.ready.recency_max = e.gathering.recency_max = 0
+    e.sweep_start_tick = 0
+    e.cursor = 0
+    e.sweep_step = SWEEP_STEP_MIN
+    e.found_nothing_ns = 0
+    return True
+
+
+cdef void evictor_free(Evictor *e) noexcept nogil:
+    free(e.ready.items)
+    free(e.gathering.items)
+    e.ready.items = e.gathering.items = NULL
+
+
+cdef inline bint evictable(uint64_t word) noexcept nogil:
+    return (kv_word_state(word) == KV_REGISTERED and word & KV_HOLDERS_MASK == 0
+            and kv_word_children(word) == 0)
+
+
+cdef inline bint candidate_of(kv_view *view, uint32_t block, Candidate *c) noexcept nogil:
+    """Describe a block that can be evicted now; False if it cannot."""
+    cdef kv_block *b = &view.blocks[block]
+    cdef uint64_t word = kv_u64_load_acquire(&b.word)
+    c.recency = kv_u64_load_relaxed(&b.recency)
+    c.block = block
+    c.generation = kv_word_generation(word)
+    return evictable(word)
+
+
+cdef void start_sweep(kv_view *view, Evictor *e) noexcept nogil:
+    e.gathering.count = 0
+    e.gathering.recency_max = 0
+    e.cursor = 0
+    e.sweep_start_tick = kv_u64_load_relaxed(&view.header.tick)
+
+
+cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
+    """Let the sweep go on for one bounded step.
+
+    When it is done and `ready` is used up, it becomes `ready`.
+    """
+    cdef uint32_t i, stop
+    cdef Candidate c
+    cdef CandidateHeap used
+    if e.cursor == 0:
+        start_sweep(view, e)
+    stop = e.cursor + e.sweep_step
+    if stop > view.shape.block_capacity or stop < e.cursor:
+        stop = view.shape.block_capacity
+    for i in range(e.cursor, stop):
+        if candidate_of(view, i, &c) and kv_recency_tick(c.recency) <= e.sweep_start_tick:
+            heap_push(&e.gathering, c)
+    e.cursor = stop
+    if stop == view.shape.block_capacity and e.ready.count == 0:
+        used = e.ready
+        e.ready = e.gathering
+        e.gathering = used
+        e.cursor = 0
+        # The next sweep ends when half of `ready` is used.
+        e.sweep_step = 2 * (view.shape.block_capacity // (e.ready.count + 1)) + SWEEP_STEP_MIN
+
+
+cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil:
+    """A block may have become evictable now: its last child left, or it was returned."""
+    cdef Candidate c
+    if not candidate_of(view, block, &c):
+        return
+    if e.ready.count != 0 and c.recency <= e.ready.recency_max:
+        heap_push(&e.ready, c)
+    elif block < e.cursor and (kv_recency_tick(c.recency) <= e.sweep_start_tick
+                               or c.recency <= e.gathering.recency_max):
+        heap_push(&e.gathering, c)
+
+
+cdef bint next_ready(kv_view *view, Evictor *e) noexcept nogil:
+    """Make `ready` non-empty if anything is evictable.
+
+    Ends the sweep in progress, then sweeps everything once.
+    """
+    cdef int _sweep
+    if e.ready.count != 0:
+        return True
+    if e.found_nothing_ns != 0 and monotonic_ns() - e.found_nothing_ns < RETRY_EMPTY_NS:
+        return False
+    for _sweep in range(2):
+        e.sweep_step = view.shape.block_capacity
+        evictor_advance(view, e)
+        if e.ready.count != 0:
+            return True
+    e.found_nothing_ns = monotonic_ns()
+    return False
+
+
+cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
+                       uint32_t *host_slot) noexcept nogil:
+    """Evict the next victim.
+
+    Its record and host slot now belong to the caller. False: nothing is evictable.
+    """
+    cdef Candidate c, now
+    cdef uint64_t word
+    cdef uint32_t parent = KV_NONE
+    evictor_advance(view, e)
+    while next_ready(view, e):  # each turn uses up an entry, or ends
+        c = heap_pop(&e.ready)
+        word = kv_u64_load_acquire(&view.blocks[c.block].word)
+        if not evictable(word) or kv_word_generation(word) != c.generation:
+            continue
+        if not candidate_of(view, c.block, &now):
+            continue
+        if now.recency != c.recency:
+            if now.recency <= e.ready.recency_max:
+                heap_push(&e.ready, now)
+            elif c.block < e.cursor and kv_recency_tick(now.recency) <= e.sweep_start_tick:
+                heap_push(&e.gathering, now)
+            continue
+        if block_evict(view, c.block, word, host_slot, &parent):
+            e.found_nothing_ns = 0
+            kv_count(view, KV_C_EVICTED, 1)
+            if parent != KV_NONE:
+                evictor_offer(view, e, parent)
+            block[0] = c.block
+            return True
+    return False

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the digests of a sequence's blocks come from, without converting what is not looked at."""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.list cimport PyList_GET_SIZE
+
+from kvbm._fast.hashing cimport DigestChain, kv_digest_for_epoch, kv_digest_for_group
+
+
+cdef class Keys:
+    """Digests of a sequence's blocks, read where they already are.
+
+    Parameters
+    ----------
+    source : list of bytes or DigestChain
+        The engine's block hashes (at least 16 bytes each, read when asked for, so the list may
+        grow), or a chain of our own (kvbm._fast.token_chain).
+    stride : int
+        Engine hashes a block; the last one of a block identifies it.
+    group : int
+        KV-cache group, mixed into the digest.
+    """
+
+    def __init__(self, source: object, stride: int = 1, group: int = 0) -> None:
+        if isinstance(source, list):
+            self.hashes = source
+        elif isinstance(source, DigestChain):
+            self.chain = source
+        else:
+            raise TypeError(
+                f"keys come from a list of bytes or a DigestChain, not {type(source).__name__}")
+        if stride < 1 or (stride != 1 and self.chain is not None):
+            raise ValueError(f"stride {stride}: at least 1, and 1 for a DigestChain")
+        self.stride = stride
+        self.group = group
+
+    cdef void set_epoch(self, uint32_t epoch) noexcept:
+        """Mix in the group and this key epoch from now on."""
+        self.mask_lo = self.mask_hi = 0
+        kv_digest_for_group(&self.mask_lo, &self.mask_hi, self.group)
+        kv_digest_for_epoch(&self.mask_lo, &self.mask_hi, epoch)
+
+    def __len__(self) -> int:
+        return self.count()
+
+    cdef Py_ssize_t count(self) noexcept:
+        if self.chain is not None:
+            return self.chain.block_count
+        return PyList_GET_SIZE(self.hashes) // self.stride
+
+    cdef int digest(self, Py_ssize_t i, uint64_t *lo, uint64_t *hi) except -1:
+        cdef object item
+        cdef uint64_t pair[2]
+        if self.chain is not None:
+            pair[0] = self.chain.digests_ptr[2 * i]
+            pair[1] = self.chain.digests_ptr[2 * i + 1]
+        else:
+            item = self.hashes[(i + 1) * self.stride - 1]
+            if not isinstance(item, bytes) or PyBytes_GET_SIZE(item) < 16:
+                raise ValueError(f"block hash {i} is {item!r}; 16 bytes or more are needed")
+            memcpy(pair, PyBytes_AS_STRING(item), 16)
+        lo[0] = pair[0] ^ self.mask_lo
+        hi[0] = pair[1] ^ self.mask_hi
+        return 0
+
+    cdef uint64_t sequence_hash(self, Py_ssize_t i, uint64_t lo) noexcept:
+        return self.chain.sequence_hashes_ptr[i] if self.chain is not None else lo ^ self.mask_lo

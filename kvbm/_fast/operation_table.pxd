@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvbm._fast.layout cimport kv_operation
+from kvbm._fast.table cimport BlockTable
+
+
+cdef class OperationTable(BlockTable):
+    cdef uint64_t anchors[128]   # by operation: the held parent of its first row
+    cdef uint32_t operation_cursor
+
+    cdef uint32_t open_operation(self, uint32_t kind, uint64_t step, uint64_t request_key,
+                                 uint32_t group, uint64_t anchor) noexcept nogil
+    cdef int submit_all(self, uint32_t *indices, int count, list handles) except -1
+    cdef kv_operation *checked(self, uint64_t handle) except? NULL
+    cdef void collect_rows(self, kv_operation *op, bint arrived) noexcept nogil

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stores and loads of a leader.
+
+Blocks and slots become rows of operations, results become registered blocks.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from kvbm._fast.atomics cimport kv_u64_fetch_add_relaxed, kv_u64_load_acquire
+from kvbm._fast.blocks cimport (
+    GONE,
+    NO_PARENT,
+    PUBLISHED,
+    Reservation,
+    block_publish,
+    monotonic_ns,
+    structure_enter,
+    structure_exit,
+)
+from kvbm._fast.index cimport index_find
+from kvbm._fast.keys cimport Keys
+from kvbm._fast.layout cimport (
+    KV_C_DEDUPLICATED,
+    KV_C_PUBLISHED,
+    KV_C_SKIPPED_NO_OPERATION,
+    KV_LOAD,
+    KV_NONE,
+    KV_OPERATIONS_PER_LEADER,
+    KV_OP_COMPLETE,
+    KV_OP_FAILED,
+    KV_ROWS,
+    KV_STORE,
+    kv_count,
+    kv_op_generation,
+    kv_op_state,
+    kv_operation,
+    kv_operation_at,
+    kv_row,
+    kv_word_generation,
+)
+from kvbm._fast.operations cimport (
+    operation_allocate,
+    operation_cancel,
+    operation_recycle,
+    operation_submit,
+)
+from kvbm._fast.segment cimport Segment
+from kvbm._fast.table cimport BlockTable, chain_step, make_ref
+
+cdef uint64_t NO_REF = 0xFFFFFFFFFFFFFFFFULL
+
+
+cdef class OperationTable(BlockTable):
+    """A leader's block table with the operations that move blocks to and from its device."""
+
+    def __cinit__(self, Segment segment not None):
+        memset(self.anchors, 0xFF, sizeof(self.anchors))
+
+    # ---- operations ------------------------------------------------------------------------------
+    def store(self, Keys keys not None, start: int, stop: int, device_blocks: list[int],
+              parent: int | None, step: int, request_key: int = 0,
+              priority: int = 0) -> tuple[list[int], int, int | None]:
+        """Reserve the blocks `start` to `stop` that are not in the table and submit their copies.
+
+        Parameters
+        ----------
+        keys : Keys
+            Digests of the sequence.
+        start, stop : int
+            Blocks that are complete on the device.
+        device_blocks : list of int
+            Device block of each block of the sequence, from block 0.
+        parent : int or None
+            Reference to block `start - 1`, None for a root.
+        step : int
+            Step whose forward pass fills the last of them.
+        request_key, priority : int
+            For the viewer; for the order of eviction.
+
+        Returns
+        -------
+        handles : list of int
+            Operations submitted; each must be collected.
+        upto : int
+            First block that was neither found nor reserved (no slot, no operation, or `stop`).
+        parent : int or None
+            Reference to block `upto - 1`.
+        """
+        cdef Reservation what
+        cdef Py_ssize_t i = start, end = min(stop, keys.count(), len(device_blocks))
+        cdef uint32_t block, generation, slot, index = KV_NONE
+        cdef uint64_t word, ref = NO_REF if parent is None else <uint64_t>parent
+        cdef kv_operation *op = NULL
+        cdef kv_row *row
+        cdef uint32_t pending[128]
+        cdef int pending_count = 0
+        handles = []
+        self.mix(keys)
+        memset(&what, 0, sizeof(what))
+        what.priority = priority
+        what.group = keys.group
+        if not structure_enter(self.view):
+            return handles, start, parent
+        try:
+            while i < end:
+                keys.digest(i, &what.digest_lo, &what.digest_hi)
+                block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
+                if block != KV_NONE:
+                    kv_count(self.view, KV_C_DEDUPLICATED, 1)
+                    ref = make_ref(block, kv_word_generation(word))
+                    op = NULL  # the next row has another parent than the one before: a new anchor
+                    i += 1
+                    continue
+                if op == NULL or op.row_count == KV_ROWS:
+                    index = self.open_operation(KV_STORE, step, request_key, keys.group, ref)
+                    if index == KV_NONE:
+                        break
+                    op = kv_operation_at(self.view, self.view.leader, index)
+                    pending[pending_count] = index
+                    pending_count += 1
+                what.parent = KV_NONE if ref == NO_REF else <uint32_t>ref
+                what.parent_generation = 0 if ref == NO_REF else <uint32_t>(ref >> 32)
+                what.sequence_hash = keys.sequence_hash(i, what.digest_lo)
+                what.position = <uint32_t>i
+                if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
+                    break
+                row = &op.rows[op.row_count]
+                memset(row, 0, sizeof(kv_row))
+                row.device_block = device_blocks[i]
+                row.slot = slot
+                row.block = block
+                row.generation = generation
+                op.row_count += 1
+                ref = make_ref(block, generation)
+                i += 1
+        finally:
+            self.give_back_runs()
+            structure_exit(self.view)
+            self.submit_all(pending, pending_count, handles)
+        return handles, i, None if ref == NO_REF else ref
+
+    cdef uint32_t open_operation(self, uint32_t kind, uint64_t step, uint64_t request_key,
+                                 uint32_t group, uint64_t anchor) noexcept nogil:
+        """A free operation with no rows yet, whose first row's parent is held.
+
+        KV_NONE if there is no free one.
+        """
+        cdef kv_operation *op
+        cdef uint32_t index = operation_allocate(self.view, &self.operation_cursor)
+        if index == KV_NONE:
+            kv_count(self.view, KV_C_SKIPPED_NO_OPERATION, 1)
+            return KV_NONE
+        op = kv_operation_at(self.view, self.view.leader, index)
+        op.kind = kind
+        op.row_count = 0
+        op.step = step
+        op.request_key = request_key
+        op.group = group
+        # A parent that cannot be held is another leader's reservation, or is being evicted: the
+        # first row is then published if the parent is registered in time, and abandoned otherwise.
+        self.anchors[index] = anchor if anchor != NO_REF and self.hold_parent(anchor) else NO_REF
+        return index
+
+    cdef int submit_all(self, uint32_t *indices, int count, list handles) except -1:
+        cdef int k
+        cdef kv_operation *op
+        for k in range(count):
+            op = kv_operation_at(self.view, self.view.leader, indices[k])
+            if op.row_count == 0:
+                self.let_go(self.anchors[indices[k]], 0)
+                continue  # still free: nothing could be reserved for it
+            handles.append(make_ref(indices[k], kv_op_generation(kv_u64_load_acquire(&op.word))))
+            operation_submit(self.view, indices[k])
+        return 0
+
+    def load(self, ref: int, skip: int, device_blocks: list[int], step: int,
+             request_key: int = 0) -> list[int] | None:
+        """Submit the copies of a held chain to the device.
+
+        Parameters
+        ----------
+        ref : int
+            Reference to the deepest matched block; stays held until the operations have been
+            collected.
+        skip : int
+            Matched blocks at the deep end that are not to be loaded.
+        device_blocks : list of int
+            Targets, shallowest first; as many blocks are loaded.
+        step : int
+            Step whose metadata tells the workers about the load.
+
+        Returns
+        -------
+        list of int or None
+            Handles of the operations; None, with nothing submitted, if there are not enough free
+            ones or the chain is not complete in the host tier.
+        """
+        cdef Py_ssize_t n = len(device_blocks), i
+        cdef uint32_t pending[128]
+        cdef int count = <int>((n + KV_ROWS - 1) // KV_ROWS), k
+        cdef uint32_t block = <uint32_t>(ref & 0xFFFFFFFF)
+        cdef uint32_t generation = <uint32_t>(ref >> 32), slot = 0
+        cdef kv_operation *op
+        cdef kv_row *row
+        self.segment.check_open()
+        self.check_ref(ref)
+        handles = []
+        if count > KV_OPERATIONS_PER_LEADER:
+            return None
+        for k in range(count):
+            pending[k] = self.open_operation(KV_LOAD, step, request_key, 0, NO_REF)
+            if pending[k] == KV_NONE:
+                return None
+            op = kv_operation_at(self.view, self.view.leader, pending[k])
+            op.row_count = KV_ROWS if (k + 1) * KV_ROWS <= n else <uint32_t>(n - k * KV_ROWS)
+        for _ in range(skip):
+            if not chain_step(self, &block, &generation, &slot):
+                return None
+        for i in range(n - 1, -1, -1):
+            row = &kv_operation_at(self.view, self.view.leader,
+                                   pending[i // KV_ROWS]).rows[i % KV_ROWS]
+            memset(row, 0, sizeof(kv_row))
+            row.device_block = device_blocks[i]
+            row.block = block
+            row.generation = generation
+            if not chain_step(self, &block, &generation, &slot):
+                return None
+            row.slot = slot
+        self.submit_all(pending, count, handles)
+        return handles
+
+    cdef kv_operation *checked(self, uint64_t handle) except? NULL:
+        cdef kv_operation *op
+        self.segment.check_open()
+        if <uint32_t>handle >= KV_OPERATIONS_PER_LEADER:
+            raise IndexError(
+                f"operation {handle & 0xFFFFFFFF} is outside 0..{KV_OPERATIONS_PER_LEADER - 1}")
+        op = kv_operation_at(self.view, self.view.leader, <uint32_t>handle)
+        if kv_op_generation(kv_u64_load_acquire(&op.word)) != <uint32_t>(handle >> 32):
+            raise LookupError(f"operation {handle:#x} has been collected already")
+        return op
+
+    def collect(self, handle: int) -> bool | None:
+        """Result of an operation: True, False (failed), or None while it runs.
+
+        A result is given once.
+
+        Blocks of a completed store are registered and returned; those of a failed one, and those
+        whose parent did not make it, are given back.
+        """
+        cdef kv_operation *op = self.checked(handle)
+        cdef uint32_t state = kv_op_state(kv_u64_load_acquire(&op.word))
+        cdef uint32_t index = <uint32_t>(handle & 0xFFFFFFFF)
+        if state != KV_OP_COMPLETE and state != KV_OP_FAILED:
+            return None
+        if op.kind == KV_STORE:
+            if not structure_enter(self.view):
+                return None
+            self.collect_rows(op, state == KV_OP_COMPLETE)
+            structure_exit(self.view)
+            self.let_go(self.anchors[index], 0)
+        operation_recycle(self.view, op)
+        return state == KV_OP_COMPLETE
+
+    cdef void collect_rows(self, kv_operation *op, bint arrived) noexcept nogil:
+        cdef uint64_t tick = kv_u64_fetch_add_relaxed(&self.view.header.tick, op.row_count)
+        cdef uint64_t now = monotonic_ns()
+        cdef uint32_t i
+        cdef kv_row *row
+        cdef int result
+        for i in range(op.row_count):
+            row = &op.rows[i]
+            result = block_publish(self.view, row.block, row.generation, now) if arrived else GONE
+            if result == GONE or result == NO_PARENT:
+                self.abandon(row.block, row.generation)
+                continue
+            if result == PUBLISHED:
+                kv_count(self.view, KV_C_PUBLISHED, 1)
+            # Leaves first: a child was returned before its parent.
+            self.let_go(make_ref(row.block, row.generation), tick + op.row_count - i)
+
+    def cancel(self, handle: int) -> None:
+        """Stop an operation as soon as possible; it still has to be collected."""
+        cdef kv_operation *op = self.checked(handle)
+        operation_cancel(self.view, op, <uint32_t>(handle >> 32))
+
+    def free_operations(self) -> int:
+        """Operations that this leader can still submit."""
+        cdef uint32_t i
+        cdef int count = 0
+        cdef kv_operation *op
+        self.segment.check_open()
+        for i in range(KV_OPERATIONS_PER_LEADER):
+            op = kv_operation_at(self.view, self.view.leader, i)
+            count += kv_op_state(kv_u64_load_acquire(&op.word)) == 0
+        return count

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared segment: create, attach, detach.
+
+Life of the object `/kvbm-<instance>`:
+
+* `O_EXCL` elects the creator. It reserves all memory first (so that no later access can fault),
+  fills in the header and stores the magic last, with release; who attaches loads it first, with
+  acquire.
+* Every user holds a shared lock on the byte LOCK_USERS. Who can take it exclusively knows that
+  nobody else uses the object, and may remove it. The kernel drops the lock at death, so this holds
+  after kill -9.
+* Lines of participants: kvbm/_fast/participants.pyx.
+
+This module raises OSError and `SegmentFault`; kvbm/shared.py turns them into the package's errors.
+"""
+import os
+import time
+import weakref
+from typing import NamedTuple
+
+import posix_ipc
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+
+from kvbm._fast.atomics cimport (
+    kv_u32_load_acquire,
+    kv_u32_store_release,
+    kv_u64_load_acquire,
+    kv_u64_load_relaxed,
+    kv_u64_store_relaxed,
+    kv_u64_store_release,
+)
+from kvbm._fast.layout cimport (
+    KV_COUNTERS,
+    KV_DESCRIPTION_BYTES,
+    KV_FINGERPRINT_BYTES,
+    KV_FORMAT_VERSION,
+    KV_LAYOUT_CHECK,
+    KV_LEADERS,
+    KV_MAGIC,
+    KV_NONE,
+    KV_PAGE,
+    KV_PARTICIPANTS,
+    KV_POOL_BLOCKS,
+    KV_POOLS,
+    KV_RANKS,
+    KV_ROLE_NONE,
+    kv_header,
+    kv_shape,
+    kv_view,
+    kv_view_init,
+)
+from kvbm._fast.locks cimport lock_drop, lock_take
+from kvbm._fast.pool cimport pool_fill, pool_free_count
+
+# Bytes locked, far behind the end of any object.
+cdef int64_t LOCK_USERS = <int64_t>1 << 40
+
+LOCK_USERS_OFFSET = LOCK_USERS
+MAX_LEADERS = KV_LEADERS
+MAX_RANKS = KV_RANKS
+FORMAT_VERSION = KV_FORMAT_VERSION
+
+COUNTER_NAMES = (
+    "lookups", "lookup_blocks", "matched_blocks", "reserved", "published", "evicted", "abandoned",
+    "deduplicated", "stores", "loads", "stores_failed", "loads_failed", "blocks_stored",
+    "blocks_loaded", "bytes_stored", "bytes_loaded", "store_ns", "load_ns", "skipped_no_slot",
+    "skipped_no_operation", "declined", "index_full", "stale_entries", "check_failures",
+    "recoveries", "matched_tokens", "errors", "resets", "lookup_probes",
+)
+
+cdef int64_t line_lock(uint32_t line) noexcept nogil:
+    """Offset of the lock that is a participant's liveness."""
+    return LOCK_USERS + 4096 + line
+
+
+cdef int64_t recovery_lock() noexcept nogil:
+    """Offset of the lock that makes its holder the one who recovers."""
+    return LOCK_USERS + 1
+
+
+_open_segments = weakref.WeakSet()
+
+
+class SegmentFault(Exception):
+    """An object in shared memory is not what it should be.
+
+    Parameters
+    ----------
+    kind : {"corrupt", "version", "not ready", "full", "closed"}
+        What is wrong.
+    message : str
+        The same for people.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Shape(NamedTuple):
+    """Sizes that fix a segment's layout; counts, not bytes."""
+
+    block_capacity: int
+    host_slots: int
+    disk_slots: int
+    ranks: int
+    block_tokens: int
+    index_buckets: int
+    private_instance: bool
+
+
+def shape_for(host_slots: int, disk_slots: int, ranks: int, block_tokens: int,
+              private_instance: bool) -> Shape:
+    """Sizes of a segment for these tiers.
+
+    A block record exists for every slot of every tier. The index has four times as many entries as
+    records, rounded up to a power of two buckets of eight, so it stays at most a quarter to a half
+    full.
+    """
+    records = host_slots + disk_slots
+    buckets = 1
+    while buckets * 8 < records * 2:
+        buckets *= 2
+    return Shape(records, host_slots, disk_slots, ranks, block_tokens, buckets, private_instance)
+
+
+cdef int shape_to_c(object shape, kv_shape *c) except -1:
+    memset(c, 0, sizeof(kv_shape))
+    c.block_capacity = shape.block_capacity
+    c.host_slots = shape.host_slots
+    c.disk_slots = shape.disk_slots
+    c.ranks = shape.ranks
+    c.block_tokens = shape.block_tokens
+    c.index_buckets = shape.index_buckets
+    c.private_instance = shape.private_instance
+    return 0
+
+
+def segment_bytes(shape: Shape) -> int:
+    """Size in bytes of a segment of this shape.
+
+    Raises
+    ------
+    ValueError
+        A size is out of bounds.
+    """
+    cdef kv_shape c
+    cdef kv_view view
+    shape_to_c(shape, &c)
+    cdef uint64_t total = kv_view_init(&view, NULL, &c)
+    if total == 0:
+        raise ValueError(f"segment sizes are out of bounds: {shape}")
+    return total
+
+
+cdef class Segment:
+    """A mapped segment. Made by `Segment.create` or `Segment.attach`."""
+
+    def __cinit__(self):
+        self.fd = -1
+        self.base = NULL
+        self.owner_pid = os.getpid()
+
+    cdef int map_file(self, int fd, size_t size, bint writable) except -1:
+        cdef void *p = mmap(NULL, size, PROT_READ | PROT_WRITE if writable else PROT_READ,
+                            MAP_SHARED, fd, 0)
+        if p == MAP_FAILED:
+            raise OSError(f"cannot map {size} bytes of {self.name}")
+        self.base = <uint8_t *>p
+        self.mapped_bytes = size
+        self.fd = fd
+        self.writable = writable
+        return 0
+
+    @staticmethod
+    def create(name: str, shape: Shape, fingerprint: bytes, description: bytes, mode: int = 0o600,
+               group: int | None = None) -> Segment:
+        """Create the segment; its memory is reserved before this returns.
+
+        Parameters
+        ----------
+        name : str
+            Name of the shared-memory object, with the leading slash.
+        shape : Shape
+            Sizes, in blocks, slots, ranks and tokens.
+        fingerprint : bytes
+            32 bytes; hash of all that must be equal for bytes to be reusable.
+        description : bytes
+            What the fingerprint was made of, for error messages and the viewer; at most 2,047
+            bytes.
+        mode : int
+            Permission bits of the object.
+        group : int, optional
+            Group id that is to own the object.
+
+        Raises
+        ------
+        FileExistsError
+            The object exists.
+        OSError
+            Not enough room (ENOSPC) or no permission.
+        """
+        cdef Segment self = Segment.__new__(Segment)
+        cdef kv_shape c
+        cdef kv_header *h
+        cdef int pool
+        cdef bytes nonce = os.urandom(8)
+        cdef bytes text = bytes(description[:KV_DESCRIPTION_BYTES - 1])
+        cdef bytes print_bytes = bytes(fingerprint)
+        if len(print_bytes) != KV_FINGERPRINT_BYTES:
+            raise ValueError(
+                f"a fingerprint has {KV_FINGERPRINT_BYTES} bytes, not {len(print_bytes)}")
+        size = segment_bytes(shape)
+        shape_to_c(shape, &c)
+        self.name = name
+        try:
+            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode)
+        except posix_ipc.ExistentialError:
+            raise FileExistsError(f"shared memory {name} exists") from None
+        try:
+            os.fchmod(memory.fd, mode)  # the umask does not decide who may attach
+            if group is not None:
+                os.fchown(memory.fd, -1, group)
+            if lock_take(memory.fd, LOCK_USERS, False) != 1:
+                raise OSError(f"cannot lock {name}")
+            os.posix_fallocate(memory.fd, 0, size)
+            self.map_file(memory.fd, size, True)
+        except BaseException:
+            os.close(memory.fd)
+            posix_ipc.unlink_shared_memory(name)
+            raise
+        kv_view_init(&self.view, self.base, &c)
+        h = self.view.header
+        h.format_version = KV_FORMAT_VERSION
+        h.layout_check = KV_LAYOUT_CHECK
+        h.shape = c
+        h.total_bytes = size
+        memcpy(&h.nonce, <const char *>nonce, 8)
+        h.created_ns = time.time_ns()
+        memcpy(h.fingerprint, <const char *>print_bytes, KV_FINGERPRINT_BYTES)
+        memcpy(h.description, <const char *>text, len(text))
+        kv_u64_store_relaxed(&h.tick, 1)
+        for pool in range(KV_POOLS):
+            pool_fill(&self.view, pool)
+        kv_u64_store_release(&h.magic, KV_MAGIC)
+        _open_segments.add(self)
+        return self
+
+    @staticmethod
+    def attach(name: str, writable: bool = True) -> Segment:
+        """Map an existing segment after checking that it is one and that this build understands it.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such object.
+        PermissionError
+            It belongs to somebody else.
+        SegmentFault
+            Its creator has not finished ("not ready"), its format is another one ("version"), or
+            its contents contradict each other ("corrupt").
+        """
+        cdef Segment self = Segment.__new__(Segment)
+        cdef kv_shape c
+        cdef kv_header *h
+        self.name = name
+        try:
+            memory = posix_ipc.SharedMemory(name, 0, read_only=not writable)
+        except posix_ipc.ExistentialError:
+            raise FileNotFoundError(f"there is no shared memory {name}") from None
+        except posix_ipc.PermissionsError:
+            raise PermissionError(f"no permission to open shared memory {name}") from None
+        try:
+            if lock_take(memory.fd, LOCK_USERS, False) != 1:
+                raise SegmentFault("not ready", f"{name} is being removed or created")
+            size = os.fstat(memory.fd).st_size
+            if size < KV_PAGE:
+                raise SegmentFault("not ready",
+                                   f"{name} has {size} bytes; its creator has not sized it yet")
+            self.map_file(memory.fd, size, writable)
+        except BaseException:
+            os.close(memory.fd)
+            raise
+        try:
+            h = <kv_header *>self.base
+            if kv_u64_load_acquire(&h.magic) != KV_MAGIC:
+                raise SegmentFault(
+                    "not ready",
+                    f"{name} carries no magic; its creator has not finished, or died")
+            if h.format_version != KV_FORMAT_VERSION or h.layout_check != KV_LAYOUT_CHECK:
+                raise SegmentFault(
+                    "version", f"{name} has format {h.format_version}/{h.layout_check:#x}, "
+                    f"this build needs {KV_FORMAT_VERSION}/{KV_LAYOUT_CHECK:#x}")
+            c = h.shape
+            if (kv_view_init(&self.view, self.base, &c) != <uint64_t>size
+                    or h.total_bytes != <uint64_t>size):
+                raise SegmentFault("corrupt",
+                                   f"{name} has {size} bytes, its header describes another size")
+        except BaseException:
+            self.close()
+            raise
+        _open_segments.add(self)
+        return self
+
+    cdef int check_open(self) except -1:
+        if self.base == NULL:
+            raise SegmentFault("closed", f"segment {self.name} is closed")
+        if self.owner_pid != os.getpid():
+            raise SegmentFault("closed",
+                               f"segment {self.name} was mapped before a fork; attach again")
+        return 0
+
+    # ---- identity --------------------------------------------------------------------------------
+    @property
+    def shape(self) -> Shape:
+        """Sizes, as they were when this process attached."""
+        cdef kv_shape *s = &self.view.shape
+        return Shape(s.block_capacity, s.host_slots, s.disk_slots, s.ranks, s.block_tokens,
+                     s.index_buckets, bool(s.private_instance))
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes; what must be equal for the cached bytes to be reusable."""
+        self.check_open()
+        return self.view.header.fingerprint[:KV_FINGERPRINT_BYTES]
+
+    @property
+    def description(self) -> bytes:
+        """What the fingerprint was made of (JSON), up to the first zero byte."""
+        self.check_open()
+        return (<bytes>self.view.header.description[:KV_DESCRIPTION_BYTES]).split(b"\0", 1)[0]
+
+    @property
+    def nonce(self) -> int:
+        """Random number of this content; arenas that belong to it carry it too."""
+        self.check_open()
+        return self.view.header.nonce
+
+    @property
+    def created_ns(self) -> int:
+        """Creation time, nanoseconds since the epoch."""
+        self.check_open()
+        return self.view.header.created_ns
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the object in bytes."""
+        return self.view.total_bytes
+
+    @property
+    def leader(self) -> int | None:
+        """Leader slot whose bit and operations this process uses, None before a claim."""
+        return None if self.view.leader == KV_NONE else self.view.leader
+
+    @property
+    def key_epoch(self) -> int:
+        """Mixed into digests; grows by one at each reset."""
+        self.check_open()
+        return kv_u32_load_acquire(&self.view.header.key_epoch)
+
+    def has_other_users(self) -> bool:
+        """True if another open file has this segment attached."""
+        self.check_open()
+        if lock_take(self.fd, LOCK_USERS, True) != 1:
+            return True
+        lock_take(self.fd, LOCK_USERS, False)  # back to shared; nobody can have come in between
+        return False
+
+    # ---- numbers ---------------------------------------------------------------------------------
+    def counters(self) -> dict[str, int]:
+        """Counters, summed over all participants that ever used a line."""
+        cdef uint32_t line
+        cdef int i
+        cdef uint64_t total[32]
+        self.check_open()
+        memset(total, 0, sizeof(total))
+        for line in range(KV_PARTICIPANTS):
+            for i in range(KV_COUNTERS):
+                total[i] += kv_u64_load_relaxed(&self.view.counters[line].value[i])
+        return {name: total[i] for i, name in enumerate(COUNTER_NAMES)}
+
+    def free_blocks(self) -> int:
+        """Free block records, counted; a moving target while others work."""
+        self.check_open()
+        return pool_free_count(&self.view, KV_POOL_BLOCKS)
+
+    def ready_slots(self, rank: int) -> int:
+        """Host slots whose memory is usable on a rank."""
+        self.check_open()
+        if not 0 <= rank < self.view.shape.ranks:
+            raise IndexError(f"rank {rank} is outside 0..{self.view.shape.ranks - 1}")
+        return kv_u32_load_acquire(&self.view.header.ready_slots[rank])
+
+    def set_ready_slots(self, rank: int, count: int) -> None:
+        """Publish that the first `count` host slots of a rank's arena are usable."""
+        self.check_open()
+        if not 0 <= rank < self.view.shape.ranks or not 0 <= count <= self.view.shape.host_slots:
+            raise IndexError(f"rank {rank}, count {count} is out of bounds")
+        kv_u32_store_release(&self.view.header.ready_slots[rank], count)
+
+    # ---- end -------------------------------------------------------------------------------------
+    def release_line(self) -> None:
+        """Give the own line back. What it held must have been returned before."""
+        self.check_open()
+        if self.view.self != KV_NONE:
+            kv_u32_store_release(&self.view.participants[self.view.self].role, KV_ROLE_NONE)
+            lock_drop(self.fd, line_lock(self.view.self))
+            self.view.self = self.view.leader = KV_NONE
+
+    def close(self) -> None:
+        """Detach; may be called twice. The object stays until it is unlinked."""
+        if self.base != NULL:
+            if self.owner_pid == os.getpid() and self.view.self != KV_NONE:
+                self.release_line()
+            munmap(self.base, self.mapped_bytes)
+            self.base = NULL
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            munmap(self.base, self.mapped_bytes)
+            self.base = NULL
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _forget_after_fork() -> None:
+    """In a forked child: drop the copies.
+
+    Otherwise the child would keep the parent's locks alive.
+    """
+    cdef Segment segment
+    for segment in list(_open_segments):
+        segment.close()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvbm._fast.blocks cimport Reservation
+from kvbm._fast.eviction cimport Evictor
+from kvbm._fast.keys cimport Keys
+from kvbm._fast.layout cimport kv_view
+from kvbm._fast.pool cimport PoolCursor
+from kvbm._fast.segment cimport Segment
+
+
+cdef struct FreeRun:             # neighbouring free indices taken from a pool but not used yet
+    uint32_t first
+    uint32_t count
+
+
+cdef class BlockTable:
+    cdef readonly Segment segment
+    cdef kv_view *view
+    cdef uint32_t *pins          # how often this leader holds each block
+    cdef Evictor evictor
+    cdef PoolCursor record_cursor
+    cdef PoolCursor slot_cursor
+    cdef FreeRun records
+    cdef FreeRun slots
+
+    cdef int mix(self, Keys keys) except -1
+    cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
+    cdef void hold(self, uint32_t block) noexcept nogil
+    cdef bint hold_parent(self, uint64_t ref) noexcept nogil
+    cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil
+    cdef uint32_t usable_slots(self) noexcept nogil
+    cdef bint take_block(self, uint32_t wanted, uint32_t *record, uint32_t *slot) noexcept nogil
+    cdef void give_back_runs(self) noexcept nogil
+    cdef bint reserve_block(self, const Reservation *what, uint32_t wanted, uint32_t *block,
+                            uint32_t *generation, uint32_t *slot) noexcept nogil
+    cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil
+
+cdef bint chain_step(BlockTable table, uint32_t *block, uint32_t *generation,
+                     uint32_t *slot) noexcept nogil
+cdef uint64_t make_ref(uint32_t block, uint32_t generation) noexcept nogil

@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A leader's handle on the block table: match, pin, reserve, publish, abandon.
+
+Everything here belongs to one leader and is called from one thread of it (the engine's scheduler).
+What other processes may see goes through the functions of blocks, index, pool and operations;
+private are the counts of how often this leader holds each block (the shared word has one bit for
+the whole leader) and the order of eviction.
+
+References. A block is named by `ref = generation << 32 | block`, an operation by `handle =
+generation << 32 | index`. A reference to something that is gone by now is recognised by its
+generation and ignored.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from kvbm._fast.atomics cimport (
+    kv_u32_fetch_add_release,
+    kv_u32_load_acquire,
+    kv_u32_load_relaxed,
+    kv_u64_fetch_add_relaxed,
+    kv_u64_load_acquire,
+)
+from kvbm._fast.blocks cimport (
+    GONE,
+    NO_PARENT,
+    PUBLISHED,
+    Reservation,
+    block_abandon,
+    block_pin,
+    block_publish,
+    block_reserve,
+    block_unpin,
+    monotonic_ns,
+    structure_enter,
+    structure_exit,
+)
+from kvbm._fast.eviction cimport (
+    evictor_advance,
+    evictor_free,
+    evictor_init,
+    evictor_offer,
+    evictor_take,
+)
+from kvbm._fast.index cimport index_find
+from kvbm._fast.keys cimport Keys
+from kvbm._fast.layout cimport (
+    KV_C_ABANDONED,
+    KV_C_LOOKUP_BLOCKS,
+    KV_C_LOOKUP_PROBES,
+    KV_C_LOOKUPS,
+    KV_C_MATCHED_BLOCKS,
+    KV_C_PUBLISHED,
+    KV_C_RESERVED,
+    KV_C_RESETS,
+    KV_C_SKIPPED_NO_SLOT,
+    KV_NONE,
+    KV_PARTIAL,
+    KV_POOL_BLOCKS,
+    KV_POOL_HOST,
+    KV_READY,
+    KV_REGISTERED,
+    KV_TIER_HOST,
+    kv_block,
+    kv_count,
+    kv_counter,
+    kv_holder_bit,
+    kv_placement_generation,
+    kv_placement_slot,
+    kv_placement_state_of,
+    kv_word_generation,
+    kv_word_state,
+)
+from kvbm._fast.pool cimport pool_give_back, pool_take_run
+from kvbm._fast.segment cimport Segment
+
+from kvbm._fast.segment import COUNTER_NAMES
+
+cdef uint64_t NO_REF = 0xFFFFFFFFFFFFFFFFULL
+
+
+cdef uint64_t make_ref(uint32_t block, uint32_t generation) noexcept nogil:
+    return (<uint64_t>generation << 32) | block
+
+
+cdef class BlockTable:
+    """One leader's operations on a segment in which it has claimed a leader line.
+
+    Parameters
+    ----------
+    segment : Segment
+        Attached, writable, with a leader line.
+    """
+
+    def __cinit__(self, Segment segment not None):
+        segment.check_open()
+        if segment.view.leader == KV_NONE or segment.view.self != segment.view.leader:
+            raise ValueError("the segment has no leader line yet; call claim_leader first")
+        self.segment = segment
+        self.view = &segment.view
+        self.pins = <uint32_t *>calloc(segment.view.shape.block_capacity, sizeof(uint32_t))
+        if self.pins == NULL or not evictor_init(&self.evictor, segment.view.shape.block_capacity):
+            raise MemoryError("no memory for a leader's private tables")
+
+    def __dealloc__(self):
+        free(self.pins)
+        evictor_free(&self.evictor)
+
+    # ---- match -----------------------------------------------------------------------------------
+    cdef int mix(self, Keys keys) except -1:
+        """Set the masks of the group and of the key epoch as it is now."""
+        self.segment.check_open()
+        keys.set_epoch(kv_u32_load_acquire(&self.view.header.key_epoch))
+        return 0
+
+    cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0:
+        cdef uint64_t lo, hi
+        keys.digest(i, &lo, &hi)
+        return index_find(self.view, lo, hi, False, word)
+
+    def match(self, Keys keys not None, start: int, stop: int) -> tuple[int, int | None]:
+        """Longest run of registered blocks from `start`, pinned.
+
+        A registered block's ancestors are registered (invariant I1), so presence along the chain is
+        monotone: one look at the first block (a miss ends it), one at the last (the usual complete
+        hit), then bisection; 2 + log2(n) probes at most.
+
+        Parameters
+        ----------
+        keys : Keys
+            Digests of the sequence.
+        start, stop : int
+            Block range asked about; `stop` is limited to the digests that exist.
+
+        Returns
+        -------
+        count : int
+            Registered blocks from `start` on.
+        ref : int or None
+            Reference to the deepest of them, held until `unpin(ref)`; it keeps all of its
+            ancestors.
+        """
+        cdef Py_ssize_t low, high, middle
+        cdef Py_ssize_t first = start
+        cdef Py_ssize_t last = min(stop, keys.count()) - 1
+        cdef uint32_t block, deepest = KV_NONE
+        cdef uint64_t word, lo, hi, probes = 1
+        self.mix(keys)
+        if first < 0:
+            raise ValueError(f"start {start} is negative")
+        kv_count(self.view, KV_C_LOOKUPS, 1)
+        if last < first:
+            return 0, None
+        kv_count(self.view, KV_C_LOOKUP_BLOCKS, last - first + 1)
+        deepest = self.probe(keys, first, &word)
+        if deepest == KV_NONE:
+            kv_count(self.view, KV_C_LOOKUP_PROBES, probes)
+            return 0, None
+        low = first            # registered
+        high = last + 1        # not registered, or the end
+        middle = last          # the usual case first: all of it
+        while high - low > 1:
+            block = self.probe(keys, middle, &word)
+            probes += 1
+            if block == KV_NONE:
+                high = middle
+            else:
+                low = middle
+                deepest = block
+            middle = (low + high) // 2
+        kv_count(self.view, KV_C_LOOKUP_PROBES, probes)
+        while low >= first:    # evicted between probe and pin: give up one block a turn
+            keys.digest(low, &lo, &hi)
+            if deepest != KV_NONE and block_pin(self.view, deepest, lo, hi):
+                self.hold(deepest)
+                kv_count(self.view, KV_C_MATCHED_BLOCKS, low - first + 1)
+                word = kv_u64_load_acquire(&self.view.blocks[deepest].word)
+                return low - first + 1, make_ref(deepest, kv_word_generation(word))
+            low -= 1
+            if low >= first:
+                deepest = self.probe(keys, low, &word)
+        return 0, None
+
+    cdef void hold(self, uint32_t block) noexcept nogil:
+        self.pins[block] += 1
+
+    cdef bint hold_parent(self, uint64_t ref) noexcept nogil:
+        """Hold a block that is to be a parent: registered, or being filled by this leader."""
+        cdef uint32_t block = <uint32_t>ref
+        cdef uint64_t word, bit = kv_holder_bit(self.view.leader)
+        cdef kv_block *b = &self.view.blocks[block]
+        word = kv_u64_load_acquire(&b.word)
+        if kv_word_generation(word) != <uint32_t>(ref >> 32):
+            return False
+        if word & bit != 0 and self.pins[block] != 0:
+            if kv_word_state(word) == KV_PARTIAL or kv_word_state(word) == KV_REGISTERED:
+                self.pins[block] += 1
+                return True
+            return False
+        if kv_word_state(word) != KV_REGISTERED:
+            return False
+        if not block_pin(self.view, block, kv_u64_load_acquire(&b.digest_lo),
+                         kv_u64_load_acquire(&b.digest_hi)):
+            return False
+        self.pins[block] += 1
+        if kv_word_generation(kv_u64_load_acquire(&b.word)) == <uint32_t>(ref >> 32):
+            return True
+        self.let_go(make_ref(block, kv_word_generation(kv_u64_load_acquire(&b.word))), 0)
+        return False
+
+    cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil:
+        """Undo one hold; at the last one the block is returned with this tick (0: takes one)."""
+        cdef uint32_t block = <uint32_t>ref
+        cdef uint64_t word
+        if ref == NO_REF or self.pins[block] == 0:
+            return
+        word = kv_u64_load_acquire(&self.view.blocks[block].word)
+        if kv_word_generation(word) != <uint32_t>(ref >> 32):
+            return
+        self.pins[block] -= 1
+        if self.pins[block] == 0:
+            if tick == 0:
+                tick = kv_u64_fetch_add_relaxed(&self.view.header.tick, 1) + 1
+            block_unpin(self.view, block, tick)
+            evictor_offer(self.view, &self.evictor, block)
+
+    def unpin(self, ref: int) -> None:
+        """Let go of a block held by `match`; it becomes the most recently returned one."""
+        self.segment.check_open()
+        self.check_ref(ref)
+        self.let_go(ref, 0)
+
+    def is_current(self, ref: int) -> bool:
+        """True while the block is registered or being filled under this generation."""
+        cdef uint64_t word
+        self.segment.check_open()
+        self.check_ref(ref)
+        word = kv_u64_load_acquire(&self.view.blocks[<uint32_t>(ref & 0xFFFFFFFF)].word)
+        return (kv_word_generation(word) == <uint32_t>(ref >> 32)
+                and (kv_word_state(word) == KV_REGISTERED or kv_word_state(word) == KV_PARTIAL))
+
+    def count(self, counter: str, n: int) -> None:
+        """Add to one of this leader's counters (`segment.COUNTER_NAMES`)."""
+        self.segment.check_open()
+        kv_count(self.view, <kv_counter><int>COUNTER_NAMES.index(counter), n)
+
+    def check_ref(self, ref: int) -> None:
+        if not 0 <= (ref & 0xFFFFFFFF) < self.view.shape.block_capacity:
+            raise IndexError(f"block {ref & 0xFFFFFFFF} is outside "
+                             f"0..{self.view.shape.block_capacity - 1}")
+
+    # ---- reserve ---------------------------------------------------------------------------------
+    cdef uint32_t usable_slots(self) noexcept nogil:
+        """Host slots whose memory every rank has reserved."""
+        cdef uint32_t rank, ready, least = self.view.shape.host_slots
+        for rank in range(self.view.shape.ranks):
+            ready = kv_u32_load_acquire(&self.view.header.ready_slots[rank])
+            if ready < least:
+                least = ready
+        return least
+
+    cdef bint take_block(self, uint32_t wanted, uint32_t *record, uint32_t *slot) noexcept nogil:
+        """A block record and a host slot.
+
+        From the pools while they last, else those of a victim.
+        """
+        cdef uint32_t first
+        if self.slots.count == 0:
+            self.slots.count = pool_take_run(self.view, KV_POOL_HOST, wanted, self.usable_slots(),
+                                             &self.slot_cursor, &first)
+            self.slots.first = first
+        if self.slots.count != 0:
+            if self.records.count == 0:
+                self.records.count = pool_take_run(
+                    self.view, KV_POOL_BLOCKS, self.slots.count, self.view.shape.block_capacity,
+                    &self.record_cursor, &first)
+                self.records.first = first
+            if self.records.count != 0:
+                evictor_advance(self.view, &self.evictor)
+                record[0] = self.records.first
+                slot[0] = self.slots.first
+                self.records.first += 1
+                self.records.count -= 1
+                self.slots.first += 1
+                self.slots.count -= 1
+                return True
+        while evictor_take(self.view, &self.evictor, record, slot):
+            if slot[0] != KV_NONE:
+                return True
+            pool_give_back(self.view, KV_POOL_BLOCKS, record[0])  # it was not in the host tier
+        return False
+
+    cdef void give_back_runs(self) noexcept nogil:
+        """Before leaving the structure: recovery counts what no block names as free."""
+        while self.records.count != 0:
+            self.records.count -= 1
+            pool_give_back(self.view, KV_POOL_BLOCKS, self.records.first + self.records.count)
+        while self.slots.count != 0:
+            self.slots.count -= 1
+            pool_give_back(self.view, KV_POOL_HOST, self.slots.first + self.slots.count)
+
+    cdef bint reserve_block(self, const Reservation *what, uint32_t wanted, uint32_t *block,
+                            uint32_t *generation, uint32_t *slot) noexcept nogil:
+        if not self.take_block(wanted, block, slot):
+            kv_count(self.view, KV_C_SKIPPED_NO_SLOT, 1)
+            return False
+        if not block_reserve(self.view, block[0], slot[0], what, generation):
+            pool_give_back(self.view, KV_POOL_BLOCKS, block[0])
+            pool_give_back(self.view, KV_POOL_HOST, slot[0])
+            return False
+        self.pins[block[0]] = 1
+        kv_count(self.view, KV_C_RESERVED, 1)
+        return True
+
+    cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil:
+        cdef uint32_t slot = KV_NONE
+        if block_abandon(self.view, block, generation, &slot):
+            self.pins[block] = 0
+            pool_give_back(self.view, KV_POOL_BLOCKS, block)
+            if slot != KV_NONE:
+                pool_give_back(self.view, KV_POOL_HOST, slot)
+            kv_count(self.view, KV_C_ABANDONED, 1)
+
+    def reserve(self, Keys keys not None, start: int, stop: int, parent: int | None = None,
+                priority: int = 0) -> list[tuple[int, int]]:
+        """Reserve blocks `start` to `stop` of a sequence that are not in the table yet.
+
+        Without an operation: for callers that fill the slots themselves. Stops at the first block
+        that cannot be reserved.
+
+        Returns
+        -------
+        list of (ref, slot)
+            Held by this leader until `publish` and `unpin`, or `abandon`.
+        """
+        cdef Reservation what
+        cdef Py_ssize_t i
+        cdef uint32_t block, generation, slot
+        cdef uint64_t word
+        found = []
+        self.mix(keys)
+        memset(&what, 0, sizeof(what))
+        what.parent = KV_NONE if parent is None else <uint32_t>(parent & 0xFFFFFFFF)
+        what.parent_generation = 0 if parent is None else <uint32_t>(parent >> 32)
+        what.priority = priority
+        what.group = keys.group
+        if not structure_enter(self.view):
+            return found
+        try:
+            for i in range(start, min(stop, keys.count())):
+                keys.digest(i, &what.digest_lo, &what.digest_hi)
+                what.sequence_hash = keys.sequence_hash(i, what.digest_lo)
+                what.position = <uint32_t>i
+                block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
+                if block != KV_NONE:
+                    what.parent = block
+                    what.parent_generation = kv_word_generation(word)
+                    continue
+                if not self.reserve_block(&what, <uint32_t>(stop - i), &block, &generation, &slot):
+                    break
+                found.append((make_ref(block, generation), slot))
+                what.parent = block
+                what.parent_generation = generation
+        finally:
+            self.give_back_runs()
+            structure_exit(self.view)
+        return found
+
+    def publish(self, refs: list[int]) -> int:
+        """Register reserved blocks, parents first; returns how many are registered now."""
+        cdef uint64_t now = monotonic_ns()
+        cdef uint64_t ref
+        cdef int registered = 0, result
+        self.segment.check_open()
+        if not structure_enter(self.view):
+            return 0
+        for ref in refs:
+            result = block_publish(self.view, <uint32_t>ref, <uint32_t>(ref >> 32), now)
+            if result == PUBLISHED:
+                kv_count(self.view, KV_C_PUBLISHED, 1)
+            registered += result != GONE and result != NO_PARENT
+        structure_exit(self.view)
+        return registered
+
+    def abandon_reserved(self, refs: list[int]) -> None:
+        """Give reserved blocks and their slots back; for bytes that did not arrive."""
+        cdef uint64_t ref
+        self.segment.check_open()
+        if not structure_enter(self.view):
+            return
+        for ref in refs:
+            self.check_ref(ref)
+            self.abandon(<uint32_t>ref, <uint32_t>(ref >> 32))
+        structure_exit(self.view)
+
+    def slots_of(self, ref: int, count: int) -> list[int]:
+        """Host slots of a held block and its ancestors, `count` in all, shallowest first.
+
+        Raises
+        ------
+        LookupError
+            The chain is shorter, or one of its blocks is not in the host tier.
+        """
+        cdef uint32_t block = <uint32_t>(ref & 0xFFFFFFFF)
+        cdef uint32_t generation = <uint32_t>(ref >> 32), slot = 0
+        cdef Py_ssize_t i
+        self.segment.check_open()
+        self.check_ref(ref)
+        slots = [0] * count
+        for i in range(count - 1, -1, -1):
+            if not chain_step(self, &block, &generation, &slot):
+                raise LookupError(f"block {i} of a chain of {count} is not in the host tier")
+            slots[i] = slot
+        return slots
+
+    # ---- end -------------------------------------------------------------------------------------
+    def reset(self) -> int:
+        """Make everything that is cached now unreachable, and give back what nobody holds.
+
+        The key epoch moves, so that blocks that are held or being filled at this moment cannot be
+        matched later either. Returns the number of blocks given back.
+        """
+        cdef uint32_t block, slot
+        cdef int count = 0
+        self.segment.check_open()
+        kv_u32_fetch_add_release(&self.view.header.key_epoch, 1)
+        kv_count(self.view, KV_C_RESETS, 1)
+        if not structure_enter(self.view):
+            return 0
+        self.evictor.found_nothing_ns = 0
+        while evictor_take(self.view, &self.evictor, &block, &slot):
+            pool_give_back(self.view, KV_POOL_BLOCKS, block)
+            if slot != KV_NONE:
+                pool_give_back(self.view, KV_POOL_HOST, slot)
+            count += 1
+        structure_exit(self.view)
+        return count
+
+    def held(self) -> dict[int, int]:
+        """Blocks that this leader holds, with how often; for tests and the viewer."""
+        cdef uint32_t i
+        return {i: self.pins[i] for i in range(self.view.shape.block_capacity) if self.pins[i] != 0}
+
+
+cdef bint chain_step(BlockTable table, uint32_t *block, uint32_t *generation,
+                     uint32_t *slot) noexcept nogil:
+    """Slot of a block of a held chain, then move to its parent; False if the chain is broken here.
+
+    A root leaves `block` at KV_NONE, so that a further step is False.
+    """
+    cdef kv_block *b
+    cdef uint64_t word, placement
+    cdef uint32_t parent
+    if block[0] >= table.view.shape.block_capacity:
+        return False
+    b = &table.view.blocks[block[0]]
+    word = kv_u64_load_acquire(&b.word)
+    placement = kv_u64_load_acquire(&b.placement[KV_TIER_HOST])
+    if (kv_word_state(word) != KV_REGISTERED or kv_word_generation(word) != generation[0]
+            or kv_placement_state_of(placement) != KV_READY
+            or kv_placement_generation(placement) != generation[0]
+            or kv_placement_slot(placement) >= table.view.shape.host_slots):
+        return False
+    slot[0] = kv_placement_slot(placement)
+    parent = kv_u32_load_relaxed(&b.parent)
+    generation[0] = kv_u32_load_relaxed(&b.parent_generation)
+    block[0] = KV_NONE if parent == 0 else parent - 1
+    return True
