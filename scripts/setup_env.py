@@ -49,6 +49,7 @@ VLLM_SKIPPED = frozenset({"torch", "torchaudio", "torchvision", "torchcodec", "s
 
 NO_NETWORK = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ProxyError|Network is unreachable"
+    r"|from versions: none"
 )
 
 
