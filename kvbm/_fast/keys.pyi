@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing_extensions import disjoint_base
+
+from kvbm._fast.hashing import DigestChain
+
+@disjoint_base
+class Keys:
+    def __init__(
+        self, source: list[bytes] | DigestChain, stride: int = 1, group: int = 0
+    ) -> None: ...
+    def __len__(self) -> int: ...
