@@ -28,7 +28,13 @@ from setuptools.command.build_ext import build_ext
 
 FAST = Path("kvbm", "_fast")
 SANITIZERS = {"thread": "thread", "address": "address,undefined", "undefined": "undefined"}
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unused-parameter"]
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-function",
+    "-Wno-unused-parameter",
+    "-Wno-sign-compare",  # Cython compares its loop variables with enumerators
+]
 
 
 def switch(name: str) -> bool:

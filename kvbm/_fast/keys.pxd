@@ -9,6 +9,7 @@ cdef class Keys:
     cdef DigestChain chain       # or a chain of our own
     cdef Py_ssize_t stride       # engine hashes a block
     cdef uint32_t group
+    cdef uint64_t mix[2]         # of what else identifies the request
     cdef uint64_t mask_lo        # of the group and the key epoch
     cdef uint64_t mask_hi
 

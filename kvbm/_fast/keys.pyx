@@ -21,9 +21,11 @@ cdef class Keys:
         Engine hashes a block; the last one of a block identifies it.
     group : int
         KV-cache group, mixed into the digest.
+    mix : bytes
+        16 bytes, exclusive-ored with every digest.
     """
 
-    def __init__(self, source: object, stride: int = 1, group: int = 0) -> None:
+    def __init__(self, source: object, stride: int = 1, group: int = 0, mix: bytes = bytes(16)) -> None:
         if isinstance(source, list):
             self.hashes = source
         elif isinstance(source, DigestChain):
@@ -33,12 +35,16 @@ cdef class Keys:
                 f"keys come from a list of bytes or a DigestChain, not {type(source).__name__}")
         if stride < 1 or (stride != 1 and self.chain is not None):
             raise ValueError(f"stride {stride}: at least 1, and 1 for a DigestChain")
+        if len(mix) != 16:
+            raise ValueError(f"mix has {len(mix)} bytes: 16 are needed")
         self.stride = stride
         self.group = group
+        memcpy(self.mix, PyBytes_AS_STRING(mix), 16)
 
     cdef void set_epoch(self, uint32_t epoch) noexcept:
         """Mix in the group and this key epoch from now on."""
-        self.mask_lo = self.mask_hi = 0
+        self.mask_lo = self.mix[0]
+        self.mask_hi = self.mix[1]
         kv_digest_for_group(&self.mask_lo, &self.mask_hi, self.group)
         kv_digest_for_epoch(&self.mask_lo, &self.mask_hi, epoch)
 

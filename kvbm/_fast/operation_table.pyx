@@ -174,7 +174,7 @@ cdef class OperationTable(BlockTable):
         return 0
 
     def load(self, ref: int, skip: int, device_blocks: list[int], step: int,
-             request_key: int = 0) -> list[int] | None:
+             request_key: int = 0, group: int = 0) -> list[int] | None:
         """Submit the copies of a held chain to the device.
 
         Parameters
@@ -208,7 +208,7 @@ cdef class OperationTable(BlockTable):
         if count > KV_OPERATIONS_PER_LEADER:
             return None
         for k in range(count):
-            pending[k] = self.open_operation(KV_LOAD, step, request_key, 0, NO_REF)
+            pending[k] = self.open_operation(KV_LOAD, step, request_key, group, NO_REF)
             if pending[k] == KV_NONE:
                 return None
             op = kv_operation_at(self.view, self.view.leader, pending[k])

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be equal for cached KV bytes to be reusable, and its hash."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kvbm._fast.segment import FORMAT_VERSION
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Named values that decide whether bytes may be reused.
+
+    Attributes
+    ----------
+    values : mapping of str to str, int, or sequence of them
+        For example model, dtype, block size, ranks, geometry of each rank.
+    """
+
+    values: Mapping[str, str | int | None | Sequence[str | int]]
+
+    @cached_property
+    def description(self) -> bytes:
+        """The values as JSON with sorted keys; shown when two fingerprints differ."""
+        return json.dumps(
+            {"format": FORMAT_VERSION, **self.values}, sort_keys=True, separators=(",", ":")
+        ).encode()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes; BLAKE2b of the description."""
+        return hashlib.blake2b(self.description, digest_size=32).digest()
+
+
+def weights_version(model: str, revision: str | None) -> str:
+    """Identify the weights behind a model name.
+
+    For a folder: a hash over name, size and modification time of its weight files, so that weights that were
+    replaced in place are other weights. For a name on a hub: the revision.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return revision or "default"
+    files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.blake2b(repr(state).encode(), digest_size=16).hexdigest()

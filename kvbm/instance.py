@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and life of what an instance has in shared memory.
+
+An *instance* is one cache: a segment `/kvbm-<instance>` and one arena a rank and tier,
+`/kvbm-<instance>.host.<rank>`. An instance named by `DYN_KVBM_INSTANCE` outlives its users. Without the variable the
+instance is private to one engine: the last user out removes it, and what a killed engine left is removed by the next
+start. In both cases the question "is anybody using it" is answered by the kernel: each user holds a shared lock on
+each object that it has open, so whoever gets the exclusive lock is alone.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import posix_ipc
+
+from kvbm._fast.locks import try_lock
+from kvbm._fast.segment import LOCK_USERS_OFFSET
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "kvbm-"
+PRIVATE = re.compile(r"p-[0-9a-f]{16}")
+_ARENA_SUFFIX = re.compile(r"\.(?:host|disk)\.\d+$")
+
+
+def engine_key(engine_id: str) -> int:
+    """64-bit hash of an engine's id, by which its workers find their leader."""
+    return int.from_bytes(hashlib.blake2b(engine_id.encode(), digest_size=8).digest(), "little")
+
+
+def private_instance(engine_id: str) -> str:
+    """Instance name of an engine that was given none."""
+    return f"p-{engine_key(engine_id):016x}"
+
+
+def is_private(instance: str) -> bool:
+    """Return whether an instance is removed with its last user."""
+    return PRIVATE.fullmatch(instance) is not None
+
+
+def segment_name(instance: str) -> str:
+    """Name of the shared-memory object that holds the block state."""
+    return f"/{PREFIX}{instance}"
+
+
+def arena_name(instance: str, rank: int) -> str:
+    """Name of the shared-memory object that holds one rank's host tier."""
+    return f"/{PREFIX}{instance}.host.{rank}"
+
+
+def instances() -> dict[str, list[str]]:
+    """Instances that have objects on this host, with the names of their objects."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(SHARED_MEMORY.glob(f"{PREFIX}*")):
+        instance = _ARENA_SUFFIX.sub("", path.name.removeprefix(PREFIX))
+        found.setdefault(instance, []).append(f"/{path.name}")
+    return found
+
+
+@contextlib.contextmanager
+def _exclusive(names: list[str]) -> Iterator[bool]:
+    """Hold the exclusive user lock of every object; yields False if somebody uses one of them."""
+    fds: list[int] = []
+    try:
+        alone = True
+        for name in names:
+            try:
+                fd = os.open(SHARED_MEMORY / name.lstrip("/"), os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            except PermissionError:
+                alone = False
+                break
+            fds.append(fd)
+            if not try_lock(fd, LOCK_USERS_OFFSET, exclusive=True):
+                alone = False
+                break
+        yield alone
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def remove_if_unused(instance: str) -> bool:
+    """Remove an instance's objects unless somebody uses one of them.
+
+    The locks are held while the names are removed, so a process that starts meanwhile either is seen, or finds that
+    its object has no name any more and makes a new one.
+
+    Returns
+    -------
+    bool
+        True if nothing of the instance is left.
+    """
+    names = instances().get(instance, [])
+    with _exclusive(names) as alone:
+        if alone:
+            for name in names:
+                with contextlib.suppress(posix_ipc.ExistentialError):
+                    posix_ipc.unlink_shared_memory(name)
+    return alone
+
+
+def remove_dead_private_instances() -> list[str]:
+    """Remove what killed engines left behind; returns the instances that were removed."""
+    removed = [
+        instance for instance in instances() if is_private(instance) and remove_if_unused(instance)
+    ]
+    for instance in removed:
+        logger.info("removed what a dead engine left in shared memory: %s", instance)
+    return removed

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host tier's memory: one arena a rank, in shared memory.
+
+An arena `/kvbm-<instance>.host.<rank>` begins with a page of its own, which is also how a worker announces itself:
+as soon as a worker knows its KV cache, it makes the arena with this page alone, and the leader, which sizes the tier
+from what all ranks say, finds it there. The worker then reserves the memory piece by piece in the background and
+publishes how many slots are usable, so that the engine serves at once and a full `/dev/shm` is an error message and
+never a fault at the first access.
+
+Header page (little endian, the rest zero), written in one go::
+
+    0   8s   magic           b"kvbmarn1"
+    8   u32  rank            16  u64  bytes per block of this rank
+    12  u32  ranks           24  u64  device blocks
+    32  u64  nonce of the segment that its content belongs to, 0 = none yet
+    40  32s  geometry        what must be equal for the bytes to be reusable
+    72  u64  checksum        first 8 bytes of BLAKE2b over bytes 0 to 71
+"""
+
+import errno
+import hashlib
+import logging
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import posix_ipc
+
+from kvbm._fast.locks import try_lock
+from kvbm._fast.segment import LOCK_USERS_OFFSET
+from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
+from kvbm.instance import SHARED_MEMORY, arena_name
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"kvbmarn1"
+PAGE_BYTES = 4096
+RESERVE_BYTES = 64 << 20
+"""Memory reserved in one go, in bytes: about 30 ms of zeroing."""
+
+_HEADER = struct.Struct("<8sIIQQQ32s")
+_POLL_SECS = 0.01
+
+
+@dataclass(frozen=True)
+class ArenaHeader:
+    """What a rank's worker says about itself.
+
+    Attributes
+    ----------
+    rank, ranks : int
+        This rank, and how many there are.
+    bytes_per_block : int
+        Bytes of one block on this rank, all layers.
+    device_blocks : int
+        Blocks of the engine's own KV cache.
+    nonce : int
+        Of the segment that the content belongs to; 0 for a new arena.
+    geometry : bytes
+        32 bytes; hash of the shape of a block.
+    """
+
+    rank: int
+    ranks: int
+    bytes_per_block: int
+    device_blocks: int
+    nonce: int
+    geometry: bytes
+
+    def pack(self) -> bytes:
+        """Return the header page."""
+        fields = _HEADER.pack(
+            MAGIC, self.rank, self.ranks, self.bytes_per_block, self.device_blocks, self.nonce, self.geometry
+        )
+        return (fields + hashlib.blake2b(fields, digest_size=8).digest()).ljust(PAGE_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, page: bytes) -> "ArenaHeader | None":
+        """Read a header page; None if it is not one (its writer has not finished, or it is damaged)."""
+        fields = page[: _HEADER.size]
+        if len(fields) < _HEADER.size or fields[:8] != MAGIC:
+            return None
+        if page[_HEADER.size : _HEADER.size + 8] != hashlib.blake2b(fields, digest_size=8).digest():
+            return None
+        return cls(*_HEADER.unpack(fields)[1:])
+
+
+def _open_locked(name: str, mode: int, group: int | None) -> int:
+    """Open or make an arena object and take a user's lock on it.
+
+    A process that removes an unused object holds the exclusive lock meanwhile; then, and when the object that was
+    opened has lost its name, the next turn makes a new one.
+    """
+    while True:
+        try:
+            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, mode=mode)
+        except posix_ipc.PermissionsError:
+            raise SegmentAccessDenied(name, "it belongs to another user") from None
+        if try_lock(memory.fd, LOCK_USERS_OFFSET, exclusive=False) and os.fstat(memory.fd).st_nlink > 0:
+            if os.fstat(memory.fd).st_uid == os.geteuid():
+                os.fchmod(memory.fd, mode)
+                if group is not None:
+                    os.fchown(memory.fd, -1, group)
+            return int(memory.fd)
+        os.close(memory.fd)
+
+
+class HostArena:
+    """One rank's arena.
+
+    Parameters
+    ----------
+    instance : str
+        Name of the instance.
+    header : ArenaHeader
+        What this rank announces; its nonce is ignored.
+    exclusive : bool
+        The instance is private: another live user is an error.
+    mode, group : int, int or None
+        Permission bits and group of the object.
+
+    Raises
+    ------
+    SegmentInUse
+        Another process uses the arena and it must not, or describes another block.
+    SegmentAccessDenied
+        The object belongs to another user.
+    """
+
+    def __init__(
+        self, instance: str, header: ArenaHeader, *, exclusive: bool, mode: int = 0o600, group: int | None = None
+    ) -> None:
+        self.name = arena_name(instance, header.rank)
+        self._fd = _open_locked(self.name, mode, group)
+        self._map: mmap.mmap | None = None
+        try:
+            self.header = self._settle(header, exclusive)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _settle(self, header: ArenaHeader, exclusive: bool) -> ArenaHeader:
+        """Adopt the object's content if it is for the same block, else begin anew."""
+        found = ArenaHeader.unpack(os.pread(self._fd, PAGE_BYTES, 0))
+        same = found is not None and (
+            (found.rank, found.ranks, found.bytes_per_block, found.geometry)
+            == (header.rank, header.ranks, header.bytes_per_block, header.geometry)
+        )
+        alone = try_lock(self._fd, LOCK_USERS_OFFSET, exclusive=True)
+        if not alone and (exclusive or (found is not None and not same)):
+            raise SegmentInUse(self.name, "another engine uses it, for another model or layout, or privately")
+        nonce = found.nonce if found is not None and same else 0
+        settled = ArenaHeader(
+            header.rank, header.ranks, header.bytes_per_block, header.device_blocks, nonce, header.geometry
+        )
+        if alone:
+            if not same:
+                os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, settled.pack(), 0)
+        try_lock(self._fd, LOCK_USERS_OFFSET, exclusive=False)
+        return settled
+
+    def belong_to(self, nonce: int) -> None:
+        """Mark the content as belonging to a segment."""
+        self.header = ArenaHeader(
+            self.header.rank, self.header.ranks, self.header.bytes_per_block, self.header.device_blocks, nonce,
+            self.header.geometry,
+        )
+        os.pwrite(self._fd, self.header.pack(), 0)
+
+    def map(self, total_bytes: int) -> mmap.mmap:
+        """Size the object and map all of it; memory is reserved by `reserve`, not here."""
+        if os.fstat(self._fd).st_size != total_bytes:
+            os.ftruncate(self._fd, total_bytes)
+        self._map = mmap.mmap(self._fd, total_bytes)
+        return self._map
+
+    def reserve(self, reserved: Callable[[int], None], stopping: Callable[[], bool]) -> bool:
+        """Reserve the arena's memory from the front, piece by piece.
+
+        Parameters
+        ----------
+        reserved : callable
+            Called with the number of bytes reserved so far.
+        stopping : callable
+            Asked between pieces; True ends it early.
+
+        Returns
+        -------
+        bool
+            True if all of it is reserved.
+        """
+        total = os.fstat(self._fd).st_size
+        done = 0
+        while done < total and not stopping():
+            piece = min(RESERVE_BYTES, total - done)
+            try:
+                os.posix_fallocate(self._fd, done, piece)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                logger.error(
+                    "%s: /dev/shm is full after %d of %d bytes; the host tier stays at this size. Make it larger "
+                    "(mount -o remount,size=..., docker --shm-size) or lower DYN_KVBM_CPU_CACHE_GB",
+                    self.name, done, total,
+                )
+                return False
+            done += piece
+            reserved(done)
+        return done >= total
+
+    def close(self) -> None:
+        """Unmap and drop the user's lock; may be called twice. The object stays."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_header(instance: str, rank: int) -> ArenaHeader | None:
+    """Header of a rank's arena; None while there is none."""
+    try:
+        with open(SHARED_MEMORY / arena_name(instance, rank).lstrip("/"), "rb", buffering=0) as file:
+            return ArenaHeader.unpack(file.read(PAGE_BYTES) or b"")
+    except FileNotFoundError:
+        return None
+
+
+def wait_for_headers(instance: str, ranks: int, timeout_secs: float) -> list[ArenaHeader]:
+    """Headers of all ranks' arenas, as soon as all workers have announced themselves.
+
+    Raises
+    ------
+    LeaderTimeout
+        Some rank has not after `timeout_secs`; it names the ranks.
+    """
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        headers = [read_header(instance, rank) for rank in range(ranks)]
+        found = [header for header in headers if header is not None]
+        if len(found) == ranks:
+            return found
+        if time.monotonic() > deadline:
+            missing = [rank for rank, header in enumerate(headers) if header is None]
+            raise LeaderTimeout(timeout_secs, missing, ranks)
+        time.sleep(_POLL_SECS)

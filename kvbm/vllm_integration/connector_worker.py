@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker side of the vLLM connector: vLLM's KV cache tensors and hooks become calls of the worker."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from kvbm.errors import ConfigError
+from kvbm.step import StepMetadata
+from kvbm.transfer.geometry import geometry_of_groups
+from kvbm.vllm_integration.engine import at_exit, check_model, instance_of, settings_of
+from kvbm.worker import Worker, WorkerPlace
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger(__name__)
+
+
+class KvConnectorWorker:
+    """What the connector's worker role does.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+        Model, parallel, cache and transfer configuration.
+    kv_cache_config : KVCacheConfig or None
+        KV-cache groups and number of blocks; None on versions that do not pass it.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> None:
+        self.settings = settings_of(vllm_config)
+        self.settings.require_a_tier()
+        check_model(vllm_config, kv_cache_config)
+        parallel = vllm_config.parallel_config
+        self.place = WorkerPlace(
+            instance=instance_of(vllm_config, self.settings),
+            engine_id=str(vllm_config.kv_transfer_config.engine_id),
+            rank=_rank_in_engine(parallel),
+            ranks=int(parallel.world_size),
+        )
+        self._kv_cache_config = kv_cache_config
+        self._vllm_config = vllm_config
+        self._worker: Worker | None = None
+        self._load_errors: set[int] = set()
+
+    def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        """Find the geometry of the KV cache and begin to work.
+
+        Raises
+        ------
+        GeometryError
+            A tensor is not understood.
+        ConfigError
+            The tensors are on a device that no backend serves, or were registered before.
+        """
+        if self._worker is not None:
+            raise ConfigError("the KV caches of this worker are registered already")
+        devices = {str(tensor.device.type) for tensor in kv_caches.values()}
+        if devices != {"cpu"}:
+            raise ConfigError(f"KV caches on {sorted(devices)} are not supported: allowed is cpu")
+        config = self._kv_cache_config
+        groups = [g.layer_names for g in config.kv_cache_groups] if config else [list(kv_caches)]
+        blocks = config.num_blocks if config else self._vllm_config.cache_config.num_gpu_blocks
+        geometries = geometry_of_groups(kv_caches, groups, int(blocks))
+        self._worker = Worker(self.place, self.settings, geometries, keep_alive=kv_caches)
+        at_exit(self, self.close)
+        logger.info(
+            "rank %d: %d blocks of %d bytes on the device, %d regions",
+            self.place.rank, blocks, geometries[0].bytes_per_block, len(geometries[0].regions),
+        )
+
+    def stop_copies(self, metadata: StepMetadata) -> None:
+        """Stop stores whose device blocks this step overwrites."""
+        if self._worker is not None:
+            self._worker.stop_copies(metadata)
+
+    def bind(self, metadata: StepMetadata) -> None:
+        """A step begins."""
+        if self._worker is not None:
+            self._worker.bind(metadata)
+
+    def filled(self) -> None:
+        """The forward pass of the step is done."""
+        if self._worker is not None:
+            self._worker.filled()
+
+    def ended(self) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose stores, and whose loads, have ended; errors are kept for `take_load_errors`."""
+        if self._worker is None:
+            return None, None
+        sent = self._worker.ended_stores()
+        received, failed = self._worker.ended_loads()
+        self._load_errors |= failed
+        return sent or None, received or None
+
+    def take_load_errors(self) -> set[int]:
+        """Device blocks that did not arrive, told once."""
+        errors, self._load_errors = self._load_errors, set()
+        return errors
+
+    def close(self) -> None:
+        """Stop and detach; may be called twice."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+def _rank_in_engine(parallel: Any) -> int:
+    """Rank among the workers of one engine; a data-parallel replica is an engine of its own."""
+    return int(parallel.rank) % int(parallel.world_size)

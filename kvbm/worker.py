@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker side: own the KV cache and the arena of one rank, run the copies, report what has ended.
+
+Threads. The engine's thread calls `bind`, `filled`, `stop_copies`, `ended_loads` and `ended_stores`; none of them waits,
+but for `stop_copies`, which lasts as long as the copy of one block. Behind it are two threads: one reserves the
+arena's memory and ends, the other runs the copies without the GIL (kvbm/_fast/worker_loop.pyx).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvbm._fast.backend import CopyBackend
+from kvbm._fast.copy import HostCopier
+from kvbm._fast.host_backend import HostBackend
+from kvbm._fast.participants import claim_worker, find_leader
+from kvbm._fast.segment import Segment, SegmentFault
+from kvbm._fast.worker_loop import WorkerLoop
+from kvbm.config import Settings
+from kvbm.errors import GeometryError
+from kvbm.instance import engine_key, is_private, remove_if_unused, segment_name
+from kvbm.step import StepMetadata
+from kvbm.tiers.host import ArenaHeader, HostArena
+from kvbm.transfer.arena_layout import ArenaLayout
+from kvbm.transfer.geometry import KvGeometry
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_MS = 1000
+"""Longest wait for one block's copy to end before its device block is overwritten."""
+
+_POLL_SECS = 0.005
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Which worker of which engine this is.
+
+    Attributes
+    ----------
+    instance, engine_id : str
+        The instance, and the engine that the worker belongs to.
+    rank, ranks : int
+        This rank and how many there are.
+    """
+
+    instance: str
+    engine_id: str
+    rank: int
+    ranks: int
+
+
+class Worker:
+    """One rank's worker.
+
+    Parameters
+    ----------
+    place : WorkerPlace
+        Instance, engine and rank.
+    settings : Settings
+        Time-outs, verification, permissions.
+    geometries : sequence of KvGeometry
+        The rank's KV cache, one a KV-cache group.
+    keep_alive : object
+        Owner of the KV cache's memory.
+
+    Raises
+    ------
+    GeometryError
+        The groups have blocks of different shapes.
+    SegmentInUse
+        Another engine uses the same arena.
+    """
+
+    def __init__(
+        self, place: WorkerPlace, settings: Settings, geometries: Sequence[KvGeometry], keep_alive: object = None
+    ) -> None:
+        if any(g.chunk_bytes != geometries[0].chunk_bytes for g in geometries):
+            raise GeometryError(
+                "KV-cache groups with blocks of different shapes are not supported: "
+                + ", ".join(str(g.bytes_per_block) for g in geometries) + " bytes"
+            )
+        self.place = place
+        self.settings = settings
+        self.geometries = list(geometries)
+        self._keep_alive = keep_alive
+        self.arena = HostArena(
+            place.instance,
+            ArenaHeader(
+                rank=place.rank, ranks=place.ranks, bytes_per_block=geometries[0].bytes_per_block,
+                device_blocks=geometries[0].num_blocks, nonce=0,
+                geometry=bytes.fromhex(geometries[0].fingerprint())[:32].ljust(32, b"\0"),
+            ),
+            exclusive=is_private(place.instance),
+            mode=0o660 if settings.shm_group is not None else 0o600,
+            group=settings.shm_group,
+        )
+        self.segment: Segment | None = None
+        self.loop: WorkerLoop | None = None
+        self._closing = threading.Event()
+        self._pending_step = StepMetadata()
+        self._loads: dict[str, list[int]] = {}
+        self._failed: dict[str, list[int]] = {}
+        self._held: dict[str, list[int]] = {}
+        self._copies = threading.Thread(target=self._run, name=f"kvbm-copy-{place.rank}", daemon=True)
+        self._reserving: threading.Thread | None = None
+        self._copies.start()
+
+    # ---- background -------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            self.segment = self._join()
+            if self.segment is None:
+                return
+            self.loop = WorkerLoop(self.segment, self._backend(self.segment))
+            self._tell_loop()
+            if not self._closing.is_set():
+                self.loop.run()
+        except Exception:
+            logger.exception("rank %d: the copy thread ended; the cache is off for this rank", self.place.rank)
+
+    def _join(self) -> Segment | None:
+        """Attach to the leader's segment once it is there, and take this rank's line."""
+        deadline = time.monotonic() + self.settings.leader_worker_init_timeout_secs
+        name = segment_name(self.place.instance)
+        key = engine_key(self.place.engine_id)
+        while not self._closing.is_set():
+            segment: Segment | None = None
+            try:
+                segment = Segment.attach(name)
+                leader = find_leader(segment, key)
+                if leader is not None:
+                    claim_worker(segment, leader, self.place.rank)
+                    return segment
+            except (FileNotFoundError, SegmentFault):
+                pass  # not there yet, or about to be replaced
+            if segment is not None:
+                segment.close()
+            if time.monotonic() > deadline:
+                logger.error(
+                    "rank %d: no leader in %s after DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS=%s",
+                    self.place.rank, name, self.settings.leader_worker_init_timeout_secs,
+                )
+                return None
+            self._closing.wait(_POLL_SECS)
+        return None
+
+    def _backend(self, segment: Segment) -> CopyBackend:
+        """The backend for this KV cache; one that fails every copy if the arena cannot be opened."""
+        try:
+            return self._open_arena(segment)
+        except Exception:
+            logger.exception("rank %d: the arena cannot be used; every copy of this rank fails", self.place.rank)
+            return CopyBackend()
+
+    def _open_arena(self, segment: Segment) -> CopyBackend:
+        layout = ArenaLayout(segment.shape.host_slots, self.geometries[0].chunk_bytes)
+        self.arena.belong_to(segment.nonce)
+        memory = self.arena.map(layout.total_bytes)
+        copiers = [
+            HostCopier(
+                geometry.address_table, layout, memory, device_blocks=geometry.num_blocks, rank=self.place.rank,
+                group=number, keep_alive=self._keep_alive,
+            )
+            for number, geometry in enumerate(self.geometries)
+        ]
+        backend = HostBackend(copiers, checksum=self.settings.verify_host)
+        backend.set_usable_slots(0)
+
+        def reserved(count: int) -> None:
+            usable = layout.usable_slots(count)
+            backend.set_usable_slots(usable)
+            segment.set_ready_slots(self.place.rank, usable)
+
+        self._reserving = threading.Thread(
+            target=self.arena.reserve, args=(reserved, self._closing.is_set),
+            name=f"kvbm-reserve-{self.place.rank}", daemon=True,
+        )
+        self._reserving.start()
+        return backend
+
+    def _tell_loop(self) -> None:
+        """Steps that arrived before the copy thread was ready."""
+        if self.loop is not None and self._pending_step.step:
+            self.loop.bind_step(self._pending_step.step)
+
+    # ---- engine thread ----------------------------------------------------------------------------------
+    def stop_copies(self, metadata: StepMetadata) -> None:
+        """Before the step's metadata is bound: stop the stores whose device blocks it overwrites."""
+        if self.loop is None:
+            return
+        for handle in metadata.stop:
+            if not self.loop.cancel_and_wait(handle, STOP_TIMEOUT_MS):
+                logger.error("rank %d: a copy did not stop; its block is not published", self.place.rank)
+
+    def bind(self, metadata: StepMetadata) -> None:
+        """A step begins."""
+        self._pending_step = metadata
+        self._loads.update(metadata.loads)
+        self._failed.update(metadata.failed_loads)
+        self._held.update(metadata.held)
+        if self.loop is not None:
+            self.loop.bind_step(metadata.step)
+
+    def filled(self) -> None:
+        """The forward pass of the bound step has written its blocks."""
+        if self.loop is not None and self._pending_step.step:
+            self.loop.fill_step(self._pending_step.step)
+
+    def _ended(self, waiting: dict[str, list[int]]) -> list[str]:
+        if self.loop is None:
+            return []
+        ended = self.loop.rank_ended
+        return [request for request, handles in waiting.items() if all(ended(h) for h in handles)]
+
+    def ended_stores(self) -> set[str]:
+        """Finished requests whose device blocks are no longer needed, each told once."""
+        done = self._ended(self._held)
+        for request in done:
+            del self._held[request]
+        return set(done)
+
+    def ended_loads(self) -> tuple[set[str], set[int]]:
+        """Requests whose loads have ended, each told once, and device blocks that did not arrive."""
+        failed: set[int] = set()
+        done = self._ended(self._loads)
+        for request in done:
+            for handle in self._loads.pop(request):
+                assert self.loop is not None
+                failed.update(self.loop.failed_device_blocks(handle))
+        for request in [r for r in self._failed if r not in self._loads]:
+            failed.update(self._failed.pop(request))
+            done.append(request)
+        return set(done), failed
+
+    def close(self) -> None:
+        """Stop the threads and detach; the last user of a private instance removes it. May be called twice."""
+        self._closing.set()
+        if self.loop is not None:
+            self.loop.stop()
+        for thread in (self._copies, self._reserving):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(timeout=10)
+        self.loop = None
+        if self.segment is not None:
+            self.segment.close()
+            self.segment = None
+        self._keep_alive = None
+        self.arena.close()
+        if is_private(self.place.instance):
+            remove_if_unused(self.place.instance)
