@@ -16,7 +16,7 @@ cdef class TokenChain(DigestChain):
     cdef uint8_t *_message               # scratch: previous digest, tokens, extra keys
     cdef dict _extra                     # block index -> 32 bytes of extra keys
     cdef object _digest_function         # replaces the two lanes, or None
-    cdef object _source                  # the list that update() saw last; None if edited since
+    cdef object _source                  # the list that update() saw last, unless more came since
     cdef list _external                  # sequence hashes that the engine told
 
     cdef int _reserve_tokens(self, Py_ssize_t count) except -1

@@ -119,13 +119,13 @@ cdef class TokenChain(DigestChain):
     def update(self, tokens):
         """Make the chain that of ``tokens``, looking only at what is new; return complete blocks.
 
-        If ``tokens`` is the list of the previous ``update`` (the same object), nothing else
-        changed the chain since, and its last 64 known values are still there, it is taken to have
-        grown only: just the values after the known ones are read. Any other input is compared with
-        the known tokens from the start, and hashed from the first block that differs.
+        If ``tokens`` is the list of the previous ``update`` (the same object), nothing was appended
+        to the chain since, and its last 64 known values are still there, it is taken to have grown
+        only: just the values after the known ones are read. Any other input is compared with the
+        known tokens from the start, and hashed from the first block that differs.
 
-        A caller that edits a list in place further back than 64 values and lets it grow beyond its
-        old length must call ``truncate`` for what it changed.
+        A caller that edits a list in place further back than 64 values and lets it grow to its old
+        length again must call ``truncate`` for what it changed.
 
         Parameters
         ----------
@@ -174,7 +174,6 @@ cdef class TokenChain(DigestChain):
             raise ValueError(f"count={count} is not allowed: use 0 or more")
         if count < self._token_count:
             self._truncate(count)
-            self._source = None
 
     def unwind(self, Py_ssize_t count):
         """Remove the last ``count`` tokens.

@@ -231,6 +231,19 @@ def test_an_edit_of_the_chain_makes_the_next_update_read_everything() -> None:
     assert chain.digests() == digests
 
 
+def test_a_list_edited_in_place_is_read_from_where_the_chain_was_truncated() -> None:
+    tokens: list[Any] = list(range(400))
+    chain = TokenChain(4, 0)
+    chain.update(tokens)
+    tokens[200:] = range(500, 900)
+    chain.truncate(200)
+    expected = TokenChain(4, 0)
+    expected.update(tokens)
+    tokens[0] = None  # would be an error if it were read again
+    assert chain.update(tokens) == 150
+    assert chain.digests() == expected.digests()
+
+
 def test_digest_functions_see_digest_tokens_and_extra_keys() -> None:
     messages: list[bytes] = []
 
