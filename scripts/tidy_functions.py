@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions in a source file, with their lengths: Python by its syntax tree, the rest by layout."""
+"""Functions in a source file, with their lengths: Python by its syntax tree, the rest by layout.
+
+The lines of a docstring do not count: a contract may be as long as it must.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 CYTHON_FUNCTION = re.compile(
-    r"(?P<indent>[ \t]*)(?:async +)?(?:def|cpdef|cdef)\b[^#=]*?(?P<name>\w+)\("
+    r"(?P<indent>[ \t]*)(?:async +)?(?:def|cpdef|cdef)\b(?! *class\b)[^#=]*?(?P<name>\w+)\("
 )
 C_FUNCTION = re.compile(r"[A-Za-z_][^;=]*?(?P<name>\w+)\(")
 
 
 class Function(NamedTuple):
-    """One function: its name, the number of its first line from 1, and its number of lines."""
+    """One function: its name, its first line from 1, and its number of lines less the docstring."""
 
     name: str
     line: int
@@ -26,9 +29,14 @@ def python_functions(text: str) -> Iterator[Function]:
     """Find the functions of a Python file or stub, nested ones and methods included."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield Function(
-                node.name, node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1
-            )
+            length = _node_lines(node)
+            if ast.get_docstring(node) is not None:
+                length -= _node_lines(node.body[0])
+            yield Function(node.name, node.lineno, length)
+
+
+def _node_lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def _signature_end(lines: list[str], start: int) -> int:
@@ -63,7 +71,18 @@ def cython_functions(text: str) -> Iterator[Function]:
                 if len(body) - len(body.lstrip()) <= indent:
                     break
                 last = index
-        yield Function(match["name"], start + 1, last - start + 1)
+        length = last - start + 1 - _docstring_lines(lines, end + 1)
+        yield Function(match["name"], start + 1, length)
+
+
+def _docstring_lines(lines: list[str], start: int) -> int:
+    """Return the number of lines of the docstring that begins at ``start``, 0 if none does."""
+    if not lines[start:] or not lines[start].lstrip().startswith(('"""', 'r"""')):
+        return 0
+    if lines[start].count('"""') > 1:
+        return 1
+    ends = (index for index in range(start + 1, len(lines)) if '"""' in lines[index])
+    return next(ends, start) - start + 1
 
 
 def c_functions(text: str) -> Iterator[Function]:

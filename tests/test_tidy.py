@@ -20,6 +20,7 @@ LONG_CYTHON = (
     + "    a = 1\n\n" * (tidy.FUNCTION_LINES_MAX // 2)
     + "cdef int g(): return 1\n"
 )
+DOCSTRING = '    """One line.\n\n' + "    More.\n" * 80 + '    """\n'
 LONG_C = "static int f(int a)\n{\n" + "  a;\n" * tidy.FUNCTION_LINES_MAX + "}\n"
 
 # A rule, and files of which each breaks it on exactly one line. Words that the rules look for are
@@ -87,6 +88,9 @@ KEPT = {
     tidy.function_length: [
         ("kvbm/x.py", LONG_PYTHON.replace("    x = 1\n", "", 1)),
         ("kvbm/x.pyx", LONG_CYTHON.replace("    a = 1\n\n", "", 1)),
+        ("kvbm/x.py", "def f():\n" + DOCSTRING + "    x = 1\n" * 60),
+        ("kvbm/x.pyx", "def f(int a):\n" + DOCSTRING + "    x = 1\n" * 60),
+        ("kvbm/x.pyx", "cdef class A(B):\n" + "    cdef int f(self): return 0\n" * 100),
         ("kvbm/x.pxd", "cdef int f(int a) noexcept nogil\n" + "cdef int x\n" * 100),
         ("kvbm/x.h", LONG_C.replace("  a;\n", "", 3)),
         ("kvbm/x.h", "typedef struct {\n" + "  int a;\n" * 100 + "} x;\n"),
