@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
-from kvbm._fast.participants import participants
+from kvbm._fast.participants import participants, workers_attached
 from kvbm._fast.recovery import recover
 from kvbm.instance import engine_key
 from kvbm.step import StepMetadata
@@ -94,6 +94,7 @@ class Leader:
         self._next = StepMetadata(step=1)
         self._looked_ns = time.monotonic_ns()
         self.workers_lost = False
+        self._attached = False
 
     # ---- sequences --------------------------------------------------------------------------------------
     def track(self, request_id: str, keys: Sequence[Keys]) -> TrackedSequence:
@@ -115,7 +116,7 @@ class Leader:
             Blocks, at most `stop - start`; with several groups, what all of them have.
         """
         self.drop_match(sequence)
-        if sequence.finished or self.workers_lost:
+        if sequence.finished or not self._workers_ready():
             return 0
         count = stop - start
         for group in sequence.groups:
@@ -218,7 +219,7 @@ class Leader:
         self._store(sequence, upto, self._next.step, priority)
 
     def _store(self, sequence: TrackedSequence, upto: int, step: int, priority: int = 0) -> None:
-        if self.workers_lost or sequence.loads:
+        if sequence.loads or not self._workers_ready():
             return
         for group in sequence.groups:
             end = min(upto, len(group.keys), len(group.device_blocks))
@@ -298,6 +299,12 @@ class Leader:
         return self.table.reset()
 
     # ---- liveness ---------------------------------------------------------------------------------------
+    def _workers_ready(self) -> bool:
+        """Return whether all ranks can copy: none before their arenas are open, none after a death."""
+        if not self._attached:
+            self._attached = workers_attached(self.table.segment)
+        return self._attached and not self.workers_lost
+
     def _look_for_the_dead(self) -> None:
         now = time.monotonic_ns()
         if now - self._looked_ns < LIVENESS_INTERVAL_NS:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kvbm._fast.backend import CopyBackend
 from kvbm._fast.copy import HostCopier
 from kvbm._fast.host_backend import HostBackend
-from kvbm._fast.participants import claim_worker, find_leader
+from kvbm._fast.participants import claim_worker, find_leader, set_attached
 from kvbm._fast.segment import Segment, SegmentFault
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.config import Settings
@@ -173,6 +173,10 @@ class Worker:
             usable = layout.usable_slots(count)
             backend.set_usable_slots(usable)
             segment.set_ready_slots(self.place.rank, usable)
+            # Slots that were usable before this worker came (a restart, another engine) hold blocks: the leader
+            # must not match them until this worker can read them.
+            if usable >= segment.ready_slots(self.place.rank):
+                set_attached(segment)
 
         self._reserving = threading.Thread(
             target=self.arena.reserve, args=(reserved, self._closing.is_set),

@@ -187,3 +187,23 @@ def participants(Segment segment not None) -> list[Participant]:
             kv_u32_load_relaxed(&p.inside) != 0, kv_u64_load_relaxed(&p.step_bound),
             kv_u64_load_relaxed(&p.step_filled)))
     return found
+
+
+def set_attached(Segment segment not None) -> None:
+    """This worker can copy to and from all slots that are published as usable."""
+    segment.check_open()
+    if segment.view.self == KV_NONE:
+        raise SegmentFault("closed", f"this attachment to {segment.name} has no line")
+    kv_u32_store_release(&segment.view.participants[segment.view.self].attached, 1)
+
+
+def workers_attached(Segment segment not None) -> bool:
+    """True once every rank of this leader has said `set_attached`."""
+    cdef uint32_t rank
+    cdef kv_participant *p
+    segment.check_open()
+    for rank in range(segment.view.shape.ranks):
+        p = &segment.view.participants[kv_worker_line(segment.view.leader, rank)]
+        if kv_u32_load_acquire(&p.role) != KV_ROLE_WORKER or not kv_u32_load_acquire(&p.attached):
+            return False
+    return True

@@ -395,11 +395,15 @@ cdef class Segment:
         return kv_u32_load_acquire(&self.view.header.ready_slots[rank])
 
     def set_ready_slots(self, rank: int, count: int) -> None:
-        """Publish that the first `count` host slots of a rank's arena are usable."""
+        """Publish that the first `count` host slots of a rank's arena are usable; never fewer than before.
+
+        Another engine's worker of the same rank may have reserved more of the same arena already.
+        """
         self.check_open()
         if not 0 <= rank < self.view.shape.ranks or not 0 <= count <= self.view.shape.host_slots:
             raise IndexError(f"rank {rank}, count {count} is out of bounds")
-        kv_u32_store_release(&self.view.header.ready_slots[rank], count)
+        if <uint32_t>count > kv_u32_load_acquire(&self.view.header.ready_slots[rank]):
+            kv_u32_store_release(&self.view.header.ready_slots[rank], count)
 
     # ---- end -------------------------------------------------------------------------------------
     def release_line(self) -> None:
