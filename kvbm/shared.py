@@ -155,7 +155,9 @@ def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:
         return FingerprintMismatch(segment.name, found, spec.fingerprint.description.decode())
     if segment.shape != spec.shape:
         return SegmentInUse(segment.name, f"it has the sizes {segment.shape}, wanted are {spec.shape}")
-    if any(nonce != segment.nonce for nonce in spec.nonces):
+    # An engine that has just made the segment may not have marked its arenas yet.
+    unmarked = segment.has_other_users()
+    if any(nonce != segment.nonce and not (unmarked and nonce == 0) for nonce in spec.nonces):
         return SegmentCorrupt(segment.name, "an arena does not belong to it")
     return None
 

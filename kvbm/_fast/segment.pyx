@@ -41,6 +41,8 @@ from kvbm._fast.layout cimport (
     KV_LEADERS,
     KV_MAGIC,
     KV_NONE,
+    KV_OP_FREE,
+    KV_OPERATIONS_PER_LEADER,
     KV_PAGE,
     KV_PARTICIPANTS,
     KV_POOL_BLOCKS,
@@ -48,6 +50,9 @@ from kvbm._fast.layout cimport (
     KV_RANKS,
     KV_ROLE_NONE,
     kv_header,
+    kv_holder_bit,
+    kv_op_state,
+    kv_operation_at,
     kv_shape,
     kv_view,
     kv_view_init,
@@ -154,6 +159,19 @@ def segment_bytes(shape: Shape) -> int:
     if total == 0:
         raise ValueError(f"segment sizes are out of bounds: {shape}")
     return total
+
+
+cdef bint leader_holds_nothing(kv_view *view) noexcept nogil:
+    """True if no block carries this leader's bit and all of its operations are free."""
+    cdef uint32_t i
+    cdef uint64_t bit = kv_holder_bit(view.leader)
+    for i in range(KV_OPERATIONS_PER_LEADER):
+        if kv_op_state(kv_u64_load_acquire(&kv_operation_at(view, view.leader, i).word)) != KV_OP_FREE:
+            return False
+    for i in range(view.shape.block_capacity):
+        if kv_u64_load_acquire(&view.blocks[i].word) & bit:
+            return False
+    return True
 
 
 cdef class Segment:
@@ -407,12 +425,18 @@ cdef class Segment:
 
     # ---- end -------------------------------------------------------------------------------------
     def release_line(self) -> None:
-        """Give the own line back. What it held must have been returned before."""
+        """Give the own line back.
+
+        The line of a leader that still holds blocks, or whose operations are not all collected, stays marked as
+        used: without its lock it counts as dead, and the next recovery returns what it holds.
+        """
         self.check_open()
-        if self.view.self != KV_NONE:
+        if self.view.self == KV_NONE:
+            return
+        if self.view.self != self.view.leader or leader_holds_nothing(&self.view):
             kv_u32_store_release(&self.view.participants[self.view.self].role, KV_ROLE_NONE)
-            lock_drop(self.fd, line_lock(self.view.self))
-            self.view.self = self.view.leader = KV_NONE
+        lock_drop(self.fd, line_lock(self.view.self))
+        self.view.self = self.view.leader = KV_NONE
 
     def close(self) -> None:
         """Detach; may be called twice. The object stays until it is unlinked."""

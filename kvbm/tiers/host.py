@@ -156,9 +156,9 @@ class HostArena:
         settled = ArenaHeader(
             header.rank, header.ranks, header.bytes_per_block, header.device_blocks, nonce, header.geometry
         )
-        if alone:
-            if not same:
-                os.ftruncate(self._fd, 0)
+        if alone and not same:
+            os.ftruncate(self._fd, 0)
+        if alone or found is None:  # two that start at once both write, and both write the same
             os.pwrite(self._fd, settled.pack(), 0)
         try_lock(self._fd, LOCK_USERS_OFFSET, exclusive=False)
         return settled
