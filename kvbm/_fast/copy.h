@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What one rank's KV cache and its host arena look like to a copy, the 64-byte header of a slot, and
- * the loops that move bytes.
+ * What one rank's KV cache and its host arena look like to a copy, the 64-byte header of a slot,
+ * and the loops that move bytes.
  *
  *     device block b, region r    base_r + b * block_stride_r                         chunk_r bytes
  *     slot s, region r            data + k * group_bytes + n_k * slot_offset_r + (s % G) * chunk_r

@@ -38,7 +38,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 # More bytes than this in one run gain nothing and delay a stop.
-RUN_BYTES = 16 << 20
+RUN_BYTES = 8 << 20
 
 
 class CopyStatus(IntEnum):
@@ -229,8 +229,14 @@ cdef int form_run(const kv_copier *copier, const uint8_t *rows, size_t row_strid
 
 
 cdef void store_run(const kv_copier *copier, kv_copy_run *run, uint32_t flags) noexcept nogil:
+    mark_filling(copier, run)
+    copy_run(copier, run, KV_COPY_STORE, flags)
+    mark_valid(copier, run, flags)
+
+
+cdef void mark_filling(const kv_copier *copier, const kv_copy_run *run) noexcept nogil:
+    """Before the first byte of the run's slots changes."""
     cdef kv_slot_header *header = slot_header(&copier.arena, run.slot)
-    cdef uint64_t has_checksum = 0
     cdef uint32_t i
     for i in range(run.count):
         kv_u64_store_relaxed(&header[i].word,
@@ -238,9 +244,14 @@ cdef void store_run(const kv_copier *copier, kv_copy_run *run, uint32_t flags) n
     # [H0] A read-modify-write that changes nothing, for its order: the marks above stay above it
     # (release) and the bytes below stay below it (acquire).
     kv_u64_fetch_or_acq_rel(&header[0].word, 0)
-    copy_run(copier, run, KV_COPY_STORE, flags)
-    if flags & KV_COPY_WITH_CHECKSUM:
-        has_checksum = KV_SLOT_HAS_CHECKSUM
+
+
+cdef void mark_valid(const kv_copier *copier, const kv_copy_run *run,
+                     uint32_t flags) noexcept nogil:
+    """After the last byte of the run's slots has been written; ``run.checksum`` with checksums."""
+    cdef kv_slot_header *header = slot_header(&copier.arena, run.slot)
+    cdef uint64_t has_checksum = KV_SLOT_HAS_CHECKSUM if flags & KV_COPY_WITH_CHECKSUM else 0
+    cdef uint32_t i
     for i in range(run.count):
         kv_u64_store_relaxed(&header[i].digest_lo, run.digests[2 * i])
         kv_u64_store_relaxed(&header[i].digest_hi, run.digests[2 * i + 1])
@@ -256,6 +267,15 @@ cdef void store_run(const kv_copier *copier, kv_copy_run *run, uint32_t flags) n
 cdef int load_run(const kv_copier *copier, kv_copy_run *run, uint32_t flags,
                   uint32_t *done) noexcept nogil:
     """Load a run; `done` is the number of its rows that are complete and verified."""
+    cdef int status = check_before(copier, run, flags)
+    cdef int after
+    copy_run(copier, run, KV_COPY_LOAD, flags)
+    after = check_after(copier, run, flags, done)
+    return after if after != KV_COPY_OK else status
+
+
+cdef int check_before(const kv_copier *copier, kv_copy_run *run, uint32_t flags) noexcept nogil:
+    """Cut a run to be loaded to the rows whose slots hold what they say; the status says why."""
     cdef kv_slot_header *header = slot_header(&copier.arena, run.slot)
     cdef int status = KV_COPY_OK
     cdef uint64_t word
@@ -266,21 +286,28 @@ cdef int load_run(const kv_copier *copier, kv_copy_run *run, uint32_t flags,
         if status != KV_COPY_OK:
             run.count = i  # the rows before are good: copy them, then say which one is not
             break
-    copy_run(copier, run, KV_COPY_LOAD, flags)
+    return status
+
+
+cdef int check_after(const kv_copier *copier, const kv_copy_run *run, uint32_t flags,
+                     uint32_t *done) noexcept nogil:
+    """Check a loaded run once more, with checksums those of what was copied (``run.checksum``)."""
+    cdef kv_slot_header *header = slot_header(&copier.arena, run.slot)
+    cdef uint64_t word
+    cdef uint32_t i
     # [H3] The same again: no load can keep the reads of the bytes above from moving below it
     # (H. Boehm, "Can seqlocks get along with programming language memory models?", 2012).
     kv_u64_fetch_or_acq_rel(&header[0].word, 0)
     for i in range(run.count):
+        done[0] = i
         word = kv_u64_load_acquire(&header[i].word)
         if check_header(copier, &header[i], word, run, i, flags) != KV_COPY_OK:
-            done[0] = i
             return KV_COPY_TORN
         if (flags & KV_COPY_WITH_CHECKSUM
                 and run.checksum[i] != kv_u64_load_relaxed(&header[i].checksum)):
-            done[0] = i
             return KV_COPY_BAD_CHECKSUM
     done[0] = run.count
-    return status
+    return KV_COPY_OK
 
 
 cdef int check_header(const kv_copier *copier, const kv_slot_header *header, uint64_t word,
@@ -302,12 +329,7 @@ cdef int check_header(const kv_copier *copier, const kv_slot_header *header, uin
 cdef void copy_run(const kv_copier *copier, kv_copy_run *run, int direction,
                    uint32_t flags) noexcept nogil:
     """Copy the bytes of a run, region by region; with checksums, leave them in ``run.checksum``."""
-    cdef const kv_arena *arena = &copier.arena
     cdef const kv_region *region
-    cdef uint32_t group = run.slot // arena.group_slots
-    cdef uint32_t first = group * arena.group_slots
-    cdef uint64_t group_slots = min(arena.group_slots, arena.slots - first)
-    cdef uint8_t *data = arena.base + arena.data_offset + group * arena.group_bytes
     cdef uint8_t *host
     cdef uint8_t *device
     cdef uint32_t r
@@ -316,7 +338,7 @@ cdef void copy_run(const kv_copier *copier, kv_copy_run *run, int direction,
         run.checksum[i] = 0
     for r in range(copier.region_count):
         region = &copier.regions[r]
-        host = data + group_slots * region.slot_offset + (run.slot - first) * region.chunk_bytes
+        host = slot_piece(&copier.arena, region, run.slot)
         device = region.base + run.device_block * region.block_stride
         if flags & KV_COPY_WITH_CHECKSUM:
             for i in range(run.count):
@@ -330,6 +352,16 @@ cdef void copy_run(const kv_copier *copier, kv_copy_run *run, int direction,
                 copy_bytes(device + i * region.block_stride, host + i * region.chunk_bytes,
                            region.chunk_bytes, direction)
     kv_stream_end()
+
+
+cdef uint8_t *slot_piece(const kv_arena *arena, const kv_region *region,
+                         uint32_t slot) noexcept nogil:
+    """Where a slot's piece of a region begins; the next slots of its group follow it."""
+    cdef uint32_t group = slot // arena.group_slots
+    cdef uint32_t first = group * arena.group_slots
+    cdef uint64_t group_slots = min(arena.group_slots, arena.slots - first)
+    return (arena.base + arena.data_offset + group * arena.group_bytes
+            + group_slots * region.slot_offset + (slot - first) * region.chunk_bytes)
 
 
 cdef inline void copy_bytes(uint8_t *device, uint8_t *host, size_t count,
