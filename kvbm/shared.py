@@ -59,7 +59,9 @@ class SegmentSpec:
     @property
     def shape(self) -> Shape:
         """Sizes of the segment."""
-        return shape_for(self.host_slots, 0, self.ranks, self.block_tokens, is_private(self.instance))
+        return shape_for(
+            self.host_slots, 0, self.ranks, self.block_tokens, is_private(self.instance)
+        )
 
 
 def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:
@@ -98,7 +100,12 @@ def _create(spec: SegmentSpec) -> Segment:
     while True:
         try:
             return Segment.create(
-                name, spec.shape, spec.fingerprint.digest, spec.fingerprint.description, spec.mode, spec.group
+                name,
+                spec.shape,
+                spec.fingerprint.digest,
+                spec.fingerprint.description,
+                spec.mode,
+                spec.group,
             )
         except FileExistsError:  # another engine was faster
             segment = _adopt(spec)
@@ -131,7 +138,9 @@ def _adopt(spec: SegmentSpec) -> Segment | None:
         segment = _attach_when_ready(name)
     except SegmentFault as fault:
         error: SegmentError = (
-            VersionMismatch(name, "another", str(fault)) if fault.kind == "version" else SegmentCorrupt(name, str(fault))
+            VersionMismatch(name, "another", str(fault))
+            if fault.kind == "version"
+            else SegmentCorrupt(name, str(fault))
         )
         _replace(name, error)
         return None
@@ -154,7 +163,9 @@ def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:
         found = segment.description.decode(errors="replace")
         return FingerprintMismatch(segment.name, found, spec.fingerprint.description.decode())
     if segment.shape != spec.shape:
-        return SegmentInUse(segment.name, f"it has the sizes {segment.shape}, wanted are {spec.shape}")
+        return SegmentInUse(
+            segment.name, f"it has the sizes {segment.shape}, wanted are {spec.shape}"
+        )
     # An engine that has just made the segment may not have marked its arenas yet.
     unmarked = segment.has_other_users()
     if any(nonce != segment.nonce and not (unmarked and nonce == 0) for nonce in spec.nonces):

@@ -73,7 +73,13 @@ class ArenaHeader:
     def pack(self) -> bytes:
         """Return the header page."""
         fields = _HEADER.pack(
-            MAGIC, self.rank, self.ranks, self.bytes_per_block, self.device_blocks, self.nonce, self.geometry
+            MAGIC,
+            self.rank,
+            self.ranks,
+            self.bytes_per_block,
+            self.device_blocks,
+            self.nonce,
+            self.geometry,
         )
         return (fields + hashlib.blake2b(fields, digest_size=8).digest()).ljust(PAGE_BYTES, b"\0")
 
@@ -99,7 +105,10 @@ def _open_locked(name: str, mode: int, group: int | None) -> int:
             memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, mode=mode)
         except posix_ipc.PermissionsError:
             raise SegmentAccessDenied(name, "it belongs to another user") from None
-        if try_lock(memory.fd, LOCK_USERS_OFFSET, exclusive=False) and os.fstat(memory.fd).st_nlink > 0:
+        if (
+            try_lock(memory.fd, LOCK_USERS_OFFSET, exclusive=False)
+            and os.fstat(memory.fd).st_nlink > 0
+        ):
             if os.fstat(memory.fd).st_uid == os.geteuid():
                 os.fchmod(memory.fd, mode)
                 if group is not None:
@@ -131,7 +140,13 @@ class HostArena:
     """
 
     def __init__(
-        self, instance: str, header: ArenaHeader, *, exclusive: bool, mode: int = 0o600, group: int | None = None
+        self,
+        instance: str,
+        header: ArenaHeader,
+        *,
+        exclusive: bool,
+        mode: int = 0o600,
+        group: int | None = None,
     ) -> None:
         self.name = arena_name(instance, header.rank)
         self._fd = _open_locked(self.name, mode, group)
@@ -151,10 +166,17 @@ class HostArena:
         )
         alone = try_lock(self._fd, LOCK_USERS_OFFSET, exclusive=True)
         if not alone and (exclusive or (found is not None and not same)):
-            raise SegmentInUse(self.name, "another engine uses it, for another model or layout, or privately")
+            raise SegmentInUse(
+                self.name, "another engine uses it, for another model or layout, or privately"
+            )
         nonce = found.nonce if found is not None and same else 0
         settled = ArenaHeader(
-            header.rank, header.ranks, header.bytes_per_block, header.device_blocks, nonce, header.geometry
+            header.rank,
+            header.ranks,
+            header.bytes_per_block,
+            header.device_blocks,
+            nonce,
+            header.geometry,
         )
         if alone and not same:
             os.ftruncate(self._fd, 0)
@@ -166,7 +188,11 @@ class HostArena:
     def belong_to(self, nonce: int) -> None:
         """Mark the content as belonging to a segment."""
         self.header = ArenaHeader(
-            self.header.rank, self.header.ranks, self.header.bytes_per_block, self.header.device_blocks, nonce,
+            self.header.rank,
+            self.header.ranks,
+            self.header.bytes_per_block,
+            self.header.device_blocks,
+            nonce,
             self.header.geometry,
         )
         os.pwrite(self._fd, self.header.pack(), 0)
@@ -205,7 +231,9 @@ class HostArena:
                 logger.error(
                     "%s: /dev/shm is full after %d of %d bytes; the host tier stays at this size. Make it larger "
                     "(mount -o remount,size=..., docker --shm-size) or lower DYN_KVBM_CPU_CACHE_GB",
-                    self.name, done, total,
+                    self.name,
+                    done,
+                    total,
                 )
                 return False
             done += piece
@@ -225,7 +253,9 @@ class HostArena:
 def read_header(instance: str, rank: int) -> ArenaHeader | None:
     """Header of a rank's arena; None while there is none."""
     try:
-        with open(SHARED_MEMORY / arena_name(instance, rank).lstrip("/"), "rb", buffering=0) as file:
+        with open(
+            SHARED_MEMORY / arena_name(instance, rank).lstrip("/"), "rb", buffering=0
+        ) as file:
             return ArenaHeader.unpack(file.read(PAGE_BYTES) or b"")
     except FileNotFoundError:
         return None
