@@ -67,6 +67,11 @@ def fixed_addresses() -> list[str]:
     return prefix if allowed else []
 
 
+def pytest_script() -> Path:
+    """Return pytest as a script: run as a module it would put the checkout first."""
+    return Path(sys.executable).parent / "pytest"
+
+
 def main(arguments: list[str]) -> int:
     """Build, run the tests, print the reports; return 1 if a test failed or a report exists."""
     if not arguments or arguments[0] not in RUNTIMES:
@@ -82,10 +87,9 @@ def main(arguments: list[str]) -> int:
     reports = base / "reports"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
-    pytest = str(Path(sys.executable).parent / "pytest")
     # The watchdogs' limits are for ordinary builds: instrumented ones are several times slower.
     options = ["-p", "no:cacheprovider", "-q", "-o", "timeout=600"]
-    command = [*fixed_addresses(), sys.executable, pytest, *options, *tests]
+    command = [*fixed_addresses(), sys.executable, str(pytest_script()), *options, *tests]
     status = subprocess.run(command, cwd=ROOT, env=environment(kind, base / "lib", reports))
     found = sorted(reports.iterdir())
     for path in found:
