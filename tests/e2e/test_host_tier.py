@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-turn traffic through a device cache that it overflows and a host tier: one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.vllm_lab.faults import blocks_in_use
+from bench.vllm_lab.results import RunResult
+from bench.vllm_lab.workload import Call, Chat, Replay, ResetPrefixCache
+from tests.e2e.lab import (
+    TRAFFIC,
+    Lab,
+    assert_same_outputs,
+    cached_tokens,
+    device_turnovers,
+    requests_with_generated_tokens_reused,
+    reusable_tokens,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def run(lab: Lab) -> RunResult:
+    """One engine whose host tier holds everything."""
+    return lab.run(
+        lab.with_kvbm(),
+        Chat("chat", TRAFFIC),
+        Replay("again", "chat", latest_first=True),
+        Call("in use", blocks_in_use),
+        ResetPrefixCache("reset", connector=True),
+        Replay("after reset", "chat"),
+        ResetPrefixCache("device reset", connector=False),
+        Replay("from host", "chat"),
+        Call("in use at the end", blocks_in_use),
+    )
+
+
+def test_outputs_are_those_of_an_engine_without_kvbm(lab: Lab, run: RunResult) -> None:
+    phases = [run[name] for name in ("chat", "again", "after reset", "from host")]
+    assert_same_outputs(lab.reference(), *phases)
+
+
+def test_the_device_cache_is_evicted_several_times(lab: Lab, run: RunResult) -> None:
+    assert device_turnovers(run["chat"], lab.with_kvbm()) > 3
+
+
+def test_blocks_come_back_from_the_host(run: RunResult) -> None:
+    for name in ("chat", "again", "after reset", "from host"):
+        assert run[name].tier_hit_tokens()["host"] == run[name].external_hit_tokens > 0
+
+
+def test_almost_all_that_was_computed_before_is_reused(run: RunResult) -> None:
+    # Not all: a block may be asked for while its copy to the host is in flight.
+    for name in ("chat", "again", "after reset", "from host"):
+        assert cached_tokens(run[name]) >= 0.95 * reusable_tokens(run[name])
+
+
+def test_generated_tokens_are_reused_in_the_next_turn(run: RunResult) -> None:
+    later_turns = TRAFFIC.count * (TRAFFIC.turns - 1)
+    assert requests_with_generated_tokens_reused(run["chat"], block_size=32) == later_turns
+
+
+def test_device_blocks_are_held_by_nobody_when_the_engine_is_idle(run: RunResult) -> None:
+    assert (run["in use"].value, run["in use at the end"].value) == (0, 0)
+
+
+def test_reset_forgets_the_host_tier(run: RunResult) -> None:
+    assert run["reset"].value is True
+    assert run["after reset"].requests[0].cached_tokens == 0
+    assert cached_tokens(run["after reset"]) < cached_tokens(run["again"])
+
+
+def test_reset_of_the_device_keeps_the_host_tier(run: RunResult) -> None:
+    assert run["device reset"].value is True
+    first = run["from host"].requests[0]
+    assert first.cached_tokens == first.reusable_tokens > 0
+
+
+def test_the_state_is_in_a_segment_and_one_arena(run: RunResult) -> None:
+    arenas = [name for name in run.shared_objects if name.endswith(".host.0")]
+    assert len(arenas) == 1
+    assert set(run.shared_objects) == {arenas[0], arenas[0].removesuffix(".host.0")}
