@@ -9,8 +9,6 @@ tokens-N
     another list, compared and not hashed. ``keyed``: digests by BLAKE2b. Baselines: the list to a
     NumPy array and nothing else; SHA-256 over pickled blocks, as vLLM hashes by default; one
     XXH3-64 a block by the xxhash package.
-engine-N
-    N engine hashes (bytes objects) to digests, first and again.
 payload-SIZE
     One buffer: the dispatched and the portable code, the xxhash package, memcpy.
 """
@@ -25,12 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbm.hashing import engine_chain, pack_tokens, token_chain, xxh3_64
+from kvbm.hashing import pack_tokens, token_chain, xxh3_64
 
 BLOCK_SIZE = 16
 VOCABULARY = 150_000
 TOKEN_COUNTS = [1_000, 8_000, 32_000, 128_000]
-HASH_COUNTS = [64, 2_000, 8_000]
 PAYLOAD_BYTES = [64 << 10, 256 << 10, 2 << 20, 16 << 20]
 KEY = bytes(range(32))
 
@@ -43,14 +40,6 @@ def tokens(request: pytest.FixtureRequest, benchmark: Any) -> list[int]:
     values = [source.randrange(VOCABULARY) for _ in range(request.param)]
     source.shuffle(values)
     return values
-
-
-@pytest.fixture(params=HASH_COUNTS)
-def hashes(request: pytest.FixtureRequest, benchmark: Any) -> list[bytes]:
-    """Return engine hashes of 32 bytes."""
-    benchmark.group = f"engine-{request.param}"
-    source = random.Random(2)
-    return [source.randbytes(32) for _ in range(request.param)]
 
 
 @pytest.fixture(params=PAYLOAD_BYTES)
@@ -147,26 +136,6 @@ def test_tokens_baseline_xxhash(benchmark: Any, tokens: list[int]) -> None:
         return count
 
     assert benchmark(first) == len(tokens) // BLOCK_SIZE
-
-
-def test_engine_first(benchmark: Any, hashes: list[bytes]) -> None:
-    def first() -> int:
-        return engine_chain().update(hashes)
-
-    assert benchmark(first) == len(hashes)
-
-
-def test_engine_again(benchmark: Any, hashes: list[bytes]) -> None:
-    chain = engine_chain()
-    chain.update(hashes)
-    assert benchmark(chain.update, hashes) == len(hashes)
-
-
-def test_engine_baseline_join(benchmark: Any, hashes: list[bytes]) -> None:
-    def join() -> bytes:
-        return b"".join([value[:16] for value in hashes])
-
-    assert len(benchmark(join)) == 16 * len(hashes)
 
 
 def test_payload_xxh3(benchmark: Any, payload: Any) -> None:

@@ -18,7 +18,8 @@ vLLM's ``generate_block_hash_extra_keys`` (vllm/v1/core/kv_cache_utils.py, 0.32)
 
 Two sources of digests:
 
-- ``engine_chain``: block hashes that the engine computed, if ``engine_hashes_usable`` says so;
+- block hashes that the engine computed, if ``engine_hashes_usable`` says so: the first 16 bytes of
+  each, read where they are (``kvbm._fast.keys.Keys``);
 - ``token_chain``: our own, either two lanes of XXH3 or, where tenants do not trust each other,
   keyed BLAKE2b.
 """
@@ -35,7 +36,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvbm._fast.hashing import (
     DigestChain,
-    EngineChain,
     digest_for_epoch,
     digest_for_group,
     xxh3_64,
@@ -52,15 +52,12 @@ __all__ = [
     "NO_KEYS",
     "ROUTER_SEED",
     "DigestChain",
-    "EngineChain",
     "MultimodalItem",
     "RequestKeys",
     "TokenBlock",
     "TokenChain",
     "digest_for_epoch",
     "digest_for_group",
-    "engine_chain",
-    "engine_digest",
     "engine_hashes_problem",
     "engine_hashes_usable",
     "extra_keys",
@@ -275,33 +272,6 @@ def engine_hashes_usable(
 ) -> bool:
     """Return whether vLLM's block hashes can serve as digests; see ``engine_hashes_problem``."""
     return engine_hashes_problem(hash_algo, env, default_seed, shared=shared) is None
-
-
-def engine_chain(scale: int = 1, keys: RequestKeys | None = None) -> EngineChain:
-    """Return an empty chain for block hashes of the engine.
-
-    Parameters
-    ----------
-    scale
-        Engine hashes a block: ``block_size // hash_block_size`` on vLLM.
-    keys
-        Give these on vLLM 0.30 and before, and leave them out (None) from 0.31 on: see
-        ``identity_mix``.
-    """
-    return EngineChain(scale, mix=None if keys is None else identity_mix(keys))
-
-
-def engine_digest(block_hash: bytes) -> bytes:
-    """Return the digest of one engine block hash: its first 16 bytes.
-
-    Raises
-    ------
-    ValueError
-        If the hash is shorter.
-    """
-    if len(block_hash) < DIGEST_BYTES:
-        raise ValueError(f"block hash has {len(block_hash)} bytes: {DIGEST_BYTES} are needed")
-    return bytes(block_hash[:DIGEST_BYTES])
 
 
 def identity_mix(keys: RequestKeys) -> bytes:

@@ -12,14 +12,13 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvbm._fast.keys import Keys
 from kvbm.hashing import (
     NO_KEYS,
     ROUTER_SEED,
     MultimodalItem,
     RequestKeys,
     TokenChain,
-    engine_chain,
-    engine_digest,
     engine_hashes_problem,
     engine_hashes_usable,
     extra_keys,
@@ -252,21 +251,6 @@ def test_the_problem_with_engine_hashes_names_what_to_change() -> None:
     assert "PYTHONHASHSEED" in problem
 
 
-def test_an_engine_digest_is_the_first_half_of_a_hash() -> None:
-    block_hash = hashlib.sha256(b"block").digest()
-    assert engine_digest(block_hash) == block_hash[:16]
-    assert engine_digest(block_hash[:16]) == block_hash[:16]
-    with pytest.raises(ValueError, match="block hash has 15 bytes: 16 are needed"):
-        engine_digest(block_hash[:15])
-
-
-def test_engine_chains_take_every_hash_that_ends_a_block() -> None:
-    hashes = [hashlib.sha256(bytes([i])).digest() for i in range(7)]
-    chain = engine_chain(2)
-    assert chain.update(hashes) == 3
-    assert chain.digests() == hashes[1][:16] + hashes[3][:16] + hashes[5][:16]
-
-
 def test_engine_hashes_that_forget_salt_or_adapter_are_told_apart() -> None:
     hashes = [hashlib.sha256(b"vLLM 0.30 gives these two requests the same hash").digest()]
     variants = [
@@ -276,11 +260,7 @@ def test_engine_hashes_that_forget_salt_or_adapter_are_told_apart() -> None:
         RequestKeys(lora_name="x", lora_path="/two"),
         NO_KEYS,
     ]
-    seen = set()
-    for keys in variants:
-        chain = engine_chain(keys=keys)
-        chain.update(hashes)
-        seen.add(chain.digest(0))
+    seen = {Keys(hashes, mix=identity_mix(keys)).identity(0)[0] for keys in variants}
     assert len(seen) == len(variants)
     assert identity_mix(NO_KEYS) == bytes(16)
-    assert engine_digest(hashes[0]) in seen
+    assert hashes[0][:16] in seen

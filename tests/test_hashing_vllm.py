@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvbm._fast.keys import Keys
 from kvbm.hashing import (
     MultimodalItem,
     RequestKeys,
-    engine_chain,
-    engine_digest,
     engine_hashes_usable,
     extra_keys,
 )
@@ -136,8 +135,9 @@ def test_request_block_hashes_become_digests(utils: Any, functions: Any) -> None
     utils.init_none_hash(functions.sha256)
     tokens = np.random.default_rng(1).integers(0, 1000, 50).tolist()
     hashes = utils.get_request_block_hasher(4, functions.sha256)(request((), None, tokens))
-    chain = engine_chain()
-    assert chain.update(hashes) == 12
-    assert [chain.digest(i) for i in range(12)] == [engine_digest(value) for value in hashes]
+    keys = Keys(hashes)
+    assert len(keys) == 12
+    identities = [keys.identity(i) for i in range(12)]
+    assert [digest for digest, _ in identities] == [value[:16] for value in hashes]
     events = [int.from_bytes(value, "big") & (2**64 - 1) for value in hashes]
-    assert chain.sequence_hashes() == events
+    assert [sequence_hash for _, sequence_hash in identities] == events

@@ -28,12 +28,5 @@ cdef class DigestChain:
     cdef int _check_start(self, Py_ssize_t start) except -1
 
 
-cdef class EngineChain(DigestChain):
-    cdef Py_ssize_t _scale               # engine hashes a block
-    cdef uint64_t[2] _mix
-
-    cdef uint64_t _read_hash(self, object hashes, Py_ssize_t block, uint64_t *digest) except? 0
-
-
 cdef void *grown(void *block, Py_ssize_t count, Py_ssize_t item_bytes) except NULL
 cdef int copy_fixed(object data, str name, uint8_t *out, Py_ssize_t size) except -1

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Native hashing: XXH3, arithmetic on digests, and the chain of digests that a match reads.
 
-Two chains fill the same arrays, so that a match reads either without knowing which:
-``EngineChain`` here, which takes block hashes that the engine computed, and
-``kvbm._fast.token_chain.TokenChain``, which hashes tokens itself.
+``kvbm._fast.token_chain.TokenChain`` fills the chain by hashing tokens. Block hashes that the
+engine computed need no chain: ``kvbm._fast.keys.Keys`` reads either.
 
 A chain belongs to one request and one thread at a time.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcmp, memcpy
-
-cdef extern from *:
-    uint64_t bswap64 "__builtin_bswap64"(uint64_t value) nogil
+from libc.string cimport memcpy
 
 cdef enum:
     NOGIL_BYTES = 1 << 16         # hashing this much takes longer than handing over the GIL
@@ -23,7 +19,7 @@ cdef enum:
 cdef class DigestChain:
     """Digests and sequence hashes of the complete blocks of one request.
 
-    The base of the two chains; it has no blocks of its own. ``len(chain)`` is the number of blocks.
+    The base of `TokenChain`; it has no blocks of its own. ``len(chain)`` is the number of blocks.
     """
 
     def __dealloc__(self):
@@ -76,89 +72,6 @@ cdef class DigestChain:
         if not 0 <= start <= self.block_count:
             raise IndexError(f"start {start}: the chain has {self.block_count} complete blocks")
         return 0
-
-
-cdef class EngineChain(DigestChain):
-    """Digests taken from block hashes that the engine computed: their first 16 bytes.
-
-    The sequence hash of a block is the last 8 bytes of the engine's hash, read big-endian: the
-    64-bit form that vLLM publishes in its own events.
-
-    Parameters
-    ----------
-    scale
-        Engine hashes a block, 1 or more: block i takes hash ``(i + 1) * scale - 1``, which covers
-        everything before it as well. For engines that hash at a finer granularity than the block.
-    mix
-        16 bytes that every digest is exclusive-ored with, or None; ``kvbm.hashing.identity_mix``.
-    """
-
-    def __cinit__(self, Py_ssize_t scale=1, *, mix=None):
-        if scale < 1:
-            raise ValueError(f"scale={scale} is not allowed: use 1 or more")
-        self._scale = scale
-        if mix is not None:
-            copy_fixed(mix, "mix", <uint8_t *> self._mix, DIGEST_BYTES)
-
-    @property
-    def scale(self):
-        """Engine hashes a block."""
-        return self._scale
-
-    def update(self, hashes):
-        """Make the chain that of ``hashes``, looking only at what is new; return complete blocks.
-
-        The engine's hashes are chained, so a last known hash that is unchanged proves all before
-        it; otherwise everything is read again.
-
-        Parameters
-        ----------
-        hashes
-            list or tuple of bytes, at least 16 each.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a hash is not bytes or too short; names its index. The chain ends before it.
-        """
-        cdef object source = hashes if isinstance(hashes, (list, tuple)) else list(hashes)
-        cdef Py_ssize_t target = len(source) // self._scale
-        cdef Py_ssize_t known = min(self.block_count, target)
-        cdef Py_ssize_t i
-        cdef uint64_t[2] digest
-        if known:
-            self._read_hash(source, known - 1, digest)
-            if memcmp(digest, &self.digests_ptr[2 * (known - 1)], DIGEST_BYTES) != 0:
-                known = 0
-        self._reserve_blocks(target)
-        self.block_count = known
-        for i in range(known, target):
-            self.sequence_hashes_ptr[i] = self._read_hash(source, i, &self.digests_ptr[2 * i])
-            self.block_count = i + 1
-        return target
-
-    def truncate(self, Py_ssize_t count):
-        """Keep the first ``count`` blocks; nothing happens if there are no more than that."""
-        if count < 0:
-            raise ValueError(f"count={count} is not allowed: use 0 or more")
-        self.block_count = min(self.block_count, count)
-
-    cdef uint64_t _read_hash(self, object hashes, Py_ssize_t block, uint64_t *digest) except? 0:
-        """Store the digest of ``block``; return its sequence hash."""
-        cdef Py_ssize_t index = (block + 1) * self._scale - 1
-        cdef object block_hash = hashes[index]
-        cdef uint64_t tail
-        cdef Py_ssize_t size
-        if not isinstance(block_hash, bytes):
-            raise TypeError(f"block hash {index} is {block_hash!r}: bytes are needed")
-        size = PyBytes_GET_SIZE(block_hash)
-        if size < DIGEST_BYTES:
-            raise ValueError(f"block hash {index} has {size} bytes: {DIGEST_BYTES} are needed")
-        memcpy(digest, PyBytes_AS_STRING(block_hash), DIGEST_BYTES)
-        digest[0] ^= self._mix[0]
-        digest[1] ^= self._mix[1]
-        memcpy(&tail, PyBytes_AS_STRING(block_hash) + size - 8, 8)
-        return bswap64(tail)
 
 
 def xxh3_64(data, uint64_t seed=0, *, bint portable=False):

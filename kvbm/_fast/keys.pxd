@@ -16,4 +16,4 @@ cdef class Keys:
     cdef void set_epoch(self, uint32_t epoch) noexcept
     cdef Py_ssize_t count(self) noexcept
     cdef int digest(self, Py_ssize_t i, uint64_t *lo, uint64_t *hi) except -1
-    cdef uint64_t sequence_hash(self, Py_ssize_t i, uint64_t lo) noexcept
+    cdef uint64_t sequence_hash(self, Py_ssize_t i) except? 0

@@ -6,6 +6,11 @@ from kvbm._fast.hashing import DigestChain
 @disjoint_base
 class Keys:
     def __init__(
-        self, source: list[bytes] | DigestChain, stride: int = 1, group: int = 0
+        self,
+        source: list[bytes] | DigestChain,
+        stride: int = 1,
+        group: int = 0,
+        mix: bytes = ...,
     ) -> None: ...
     def __len__(self) -> int: ...
+    def identity(self, index: int, epoch: int = 0) -> tuple[bytes, int]: ...

@@ -3,10 +3,14 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_SIZE
 
 from kvbm._fast.hashing cimport DigestChain, kv_digest_for_epoch, kv_digest_for_group
+
+
+cdef extern from *:
+    uint64_t bswap64 "__builtin_bswap64"(uint64_t value) nogil
 
 
 cdef class Keys:
@@ -16,16 +20,19 @@ cdef class Keys:
     ----------
     source : list of bytes or DigestChain
         The engine's block hashes (at least 16 bytes each, read when asked for, so the list may
-        grow), or a chain of our own (kvbm._fast.token_chain).
+        grow), or a chain of our own (kvbm._fast.token_chain). A block's digest is the first 16
+        bytes of the engine's hash, its sequence hash the last 8, read big-endian: the 64-bit form
+        that vLLM publishes in its own events.
     stride : int
         Engine hashes a block; the last one of a block identifies it.
     group : int
         KV-cache group, mixed into the digest.
     mix : bytes
-        16 bytes, exclusive-ored with every digest.
+        16 bytes, exclusive-ored with every digest; ``kvbm.hashing.identity_mix``.
     """
 
-    def __init__(self, source: object, stride: int = 1, group: int = 0, mix: bytes = bytes(16)) -> None:
+    def __init__(self, source: object, stride: int = 1, group: int = 0,
+                 mix: bytes = bytes(16)) -> None:
         if isinstance(source, list):
             self.hashes = source
         elif isinstance(source, DigestChain):
@@ -71,5 +78,29 @@ cdef class Keys:
         hi[0] = pair[1] ^ self.mask_hi
         return 0
 
-    cdef uint64_t sequence_hash(self, Py_ssize_t i, uint64_t lo) noexcept:
-        return self.chain.sequence_hashes_ptr[i] if self.chain is not None else lo ^ self.mask_lo
+    cdef uint64_t sequence_hash(self, Py_ssize_t i) except? 0:
+        """Sequence hash of block `i`, whose digest has been read before."""
+        cdef object item
+        cdef uint64_t tail
+        if self.chain is not None:
+            return self.chain.sequence_hashes_ptr[i]
+        item = self.hashes[(i + 1) * self.stride - 1]
+        memcpy(&tail, PyBytes_AS_STRING(item) + PyBytes_GET_SIZE(item) - 8, 8)
+        return bswap64(tail)
+
+    def identity(self, index: int, epoch: int = 0) -> tuple[bytes, int]:
+        """Digest (16 bytes) and sequence hash of block `index` at a key epoch, as they are stored.
+
+        Raises
+        ------
+        IndexError
+            There are not that many complete blocks.
+        ValueError
+            The engine's hash is not 16 bytes or more.
+        """
+        cdef uint64_t pair[2]
+        if not 0 <= index < self.count():
+            raise IndexError(f"block {index}: there are {self.count()} complete blocks")
+        self.set_epoch(epoch)
+        self.digest(index, &pair[0], &pair[1])
+        return PyBytes_FromStringAndSize(<char *>pair, 16), self.sequence_hash(index)

@@ -120,7 +120,7 @@ cdef class OperationTable(BlockTable):
                     pending_count += 1
                 what.parent = KV_NONE if ref == NO_REF else <uint32_t>ref
                 what.parent_generation = 0 if ref == NO_REF else <uint32_t>(ref >> 32)
-                what.sequence_hash = keys.sequence_hash(i, what.digest_lo)
+                what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
                     break

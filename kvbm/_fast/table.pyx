@@ -349,7 +349,7 @@ cdef class BlockTable:
         try:
             for i in range(start, min(stop, keys.count())):
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
-                what.sequence_hash = keys.sequence_hash(i, what.digest_lo)
+                what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
                 if block != KV_NONE:
