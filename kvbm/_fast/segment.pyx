@@ -242,10 +242,13 @@ cdef class Segment:
             os.fchmod(memory.fd, mode)  # the umask does not decide who may attach
             if group is not None:
                 os.fchown(memory.fd, -1, group)
-            if lock_take(memory.fd, LOCK_USERS, False) != 1:
-                raise OSError(f"cannot lock {name}")
+            if lock_take(memory.fd, LOCK_USERS, False) != 1 or os.fstat(memory.fd).st_nlink == 0:
+                raise FileExistsError(f"shared memory {name} is just being removed")
             os.posix_fallocate(memory.fd, 0, size)
             self.map_file(memory.fd, size, True)
+        except FileExistsError:
+            os.close(memory.fd)
+            raise
         except BaseException:
             os.close(memory.fd)
             posix_ipc.unlink_shared_memory(name)
@@ -294,6 +297,8 @@ cdef class Segment:
         try:
             if lock_take(memory.fd, LOCK_USERS, False) != 1:
                 raise SegmentFault("not ready", f"{name} is being removed or created")
+            if os.fstat(memory.fd).st_nlink == 0:
+                raise FileNotFoundError(f"shared memory {name} has been removed")
             size = os.fstat(memory.fd).st_size
             if size < KV_PAGE:
                 raise SegmentFault("not ready",

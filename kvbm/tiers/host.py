@@ -17,6 +17,7 @@ Header page (little endian, the rest zero), written in one go::
     72  u64  checksum        first 8 bytes of BLAKE2b over bytes 0 to 71
 """
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -202,6 +203,8 @@ class HostArena:
         if os.fstat(self._fd).st_size != total_bytes:
             os.ftruncate(self._fd, total_bytes)
         self._map = mmap.mmap(self._fd, total_bytes)
+        with contextlib.suppress(OSError):  # a kernel without huge pages in shared memory
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         return self._map
 
     def reserve(self, reserved: Callable[[int], None], stopping: Callable[[], bool]) -> bool:
