@@ -8,10 +8,10 @@ cdef struct Candidate:
     uint32_t block
     uint32_t generation
 
-cdef struct CandidateHeap:      # binary min-heap by recency, then by block
+cdef struct CandidateHeap:      # binary min-heap by recency, then by block; each block once at most
     Candidate *items
+    uint64_t *present           # by block, a bit each
     uint32_t count
-    uint32_t capacity
     uint64_t recency_max        # the latest that was ever pushed
 
 # One leader's private picture of what to evict next; nothing of it is shared.
@@ -19,6 +19,7 @@ cdef struct Evictor:
     CandidateHeap ready         # victims in order
     CandidateHeap gathering     # what the sweep in progress has found
     uint64_t sweep_start_tick   # later ticks are left to the next sweep
+    uint32_t sweep_seen         # registered blocks that nobody held, in the sweep so far
     uint32_t cursor             # next block that the sweep looks at
     uint32_t sweep_step         # blocks looked at a call
     uint64_t found_nothing_ns   # when a sweep over everything found nothing, 0 = it did not

@@ -8,10 +8,13 @@ each leader keeps two private heaps:
 * a sweep walks the block table a few blocks a call and gathers the evictable ones that were
   returned before it began;
 * when `ready` is used up, what was gathered becomes `ready`, and the next sweep begins;
-* victims come from `ready` in order. An entry is believed only if word and recency are still what
-  they were; a block that was touched since has a later recency and is left to the next sweep;
+* victims come from `ready` in order. An entry is believed only if generation and recency are still
+  what they were; a block that was touched since has a later recency, with which it is offered again
+  or left to the next sweep;
 * a block that becomes evictable on the way (a parent that lost its last child, a block returned
-  with a low priority) is offered to the heaps.
+  with a low priority) is offered to the heaps;
+* after a sweep over everything has found nothing, whatever this leader returns goes to `ready` at
+  once, so that a table that is full of held blocks is not swept for each of them.
 
 For one leader and one priority this is exact LRU: all that is not in `ready` was returned after
 everything in it. A block returned with a lower priority while a sweep is under way may be found one
@@ -40,6 +43,7 @@ from kvbm._fast.layout cimport (
 
 cdef enum:
     SWEEP_STEP_MIN = 16
+    SWEEP_STEP_MAX = 256           # bounds what one call costs, when there is little to evict
     RETRY_EMPTY_NS = 1000000       # after a sweep that found nothing, do not sweep again for 1 ms
 
 
@@ -49,8 +53,10 @@ cdef inline bint before(const Candidate *a, const Candidate *b) noexcept nogil:
 
 cdef void heap_push(CandidateHeap *h, Candidate c) noexcept nogil:
     cdef uint32_t i = h.count, parent
-    if h.count == h.capacity:
-        return  # a candidate left out is found by the next sweep
+    cdef uint64_t bit = (<uint64_t>1) << (c.block % 64)
+    if h.present[c.block // 64] & bit != 0:
+        return  # with an earlier recency; corrected when it is popped
+    h.present[c.block // 64] |= bit
     h.count += 1
     if c.recency > h.recency_max:
         h.recency_max = c.recency
@@ -67,6 +73,7 @@ cdef Candidate heap_pop(CandidateHeap *h) noexcept nogil:
     cdef Candidate top = h.items[0]
     cdef Candidate last
     cdef uint32_t i = 0, child
+    h.present[top.block // 64] &= ~((<uint64_t>1) << (top.block % 64))
     h.count -= 1
     if h.count == 0:
         return top
@@ -92,13 +99,16 @@ cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
     """
     e.ready.items = <Candidate *>calloc(capacity, sizeof(Candidate))
     e.gathering.items = <Candidate *>calloc(capacity, sizeof(Candidate))
-    if e.ready.items == NULL or e.gathering.items == NULL:
+    e.ready.present = <uint64_t *>calloc((capacity + 63) // 64, sizeof(uint64_t))
+    e.gathering.present = <uint64_t *>calloc((capacity + 63) // 64, sizeof(uint64_t))
+    if (e.ready.items == NULL or e.gathering.items == NULL or e.ready.present == NULL
+            or e.gathering.present == NULL):
         evictor_free(e)
         return False
-    e.ready.capacity = e.gathering.capacity = capacity
     e.ready.count = e.gathering.count = 0
     e.ready.recency_max = e.gathering.recency_max = 0
     e.sweep_start_tick = 0
+    e.sweep_seen = 0
     e.cursor = 0
     e.sweep_step = SWEEP_STEP_MIN
     e.found_nothing_ns = 0
@@ -108,12 +118,18 @@ cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
 cdef void evictor_free(Evictor *e) noexcept nogil:
     free(e.ready.items)
     free(e.gathering.items)
+    free(e.ready.present)
+    free(e.gathering.present)
     e.ready.items = e.gathering.items = NULL
+    e.ready.present = e.gathering.present = NULL
+
+
+cdef inline bint unheld(uint64_t word) noexcept nogil:
+    return kv_word_state(word) == KV_REGISTERED and word & KV_HOLDERS_MASK == 0
 
 
 cdef inline bint evictable(uint64_t word) noexcept nogil:
-    return (kv_word_state(word) == KV_REGISTERED and word & KV_HOLDERS_MASK == 0
-            and kv_word_children(word) == 0)
+    return unheld(word) and kv_word_children(word) == 0
 
 
 cdef inline bint candidate_of(kv_view *view, uint32_t block, Candidate *c) noexcept nogil:
@@ -127,8 +143,8 @@ cdef inline bint candidate_of(kv_view *view, uint32_t block, Candidate *c) noexc
 
 
 cdef void start_sweep(kv_view *view, Evictor *e) noexcept nogil:
-    e.gathering.count = 0
-    e.gathering.recency_max = 0
+    e.gathering.recency_max = 0  # empty: it was `ready` until it was used up
+    e.sweep_seen = 0
     e.cursor = 0
     e.sweep_start_tick = kv_u64_load_relaxed(&view.header.tick)
 
@@ -139,6 +155,7 @@ cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
     When it is done and `ready` is used up, it becomes `ready`.
     """
     cdef uint32_t i, stop
+    cdef uint64_t word
     cdef Candidate c
     cdef CandidateHeap used
     if e.cursor == 0:
@@ -147,7 +164,12 @@ cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
     if stop > view.shape.block_capacity or stop < e.cursor:
         stop = view.shape.block_capacity
     for i in range(e.cursor, stop):
-        if candidate_of(view, i, &c) and kv_recency_tick(c.recency) <= e.sweep_start_tick:
+        word = kv_u64_load_acquire(&view.blocks[i].word)
+        if not unheld(word):
+            continue
+        e.sweep_seen += 1
+        if (kv_word_children(word) == 0 and candidate_of(view, i, &c)
+                and kv_recency_tick(c.recency) <= e.sweep_start_tick):
             heap_push(&e.gathering, c)
     e.cursor = stop
     if stop == view.shape.block_capacity and e.ready.count == 0:
@@ -155,8 +177,13 @@ cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
         e.ready = e.gathering
         e.gathering = used
         e.cursor = 0
-        # The next sweep ends when half of `ready` is used.
-        e.sweep_step = 2 * (view.shape.block_capacity // (e.ready.count + 1)) + SWEEP_STEP_MIN
+        # The next sweep ends when half of what was seen is gone: each leaf in `ready` is followed
+        # by its ancestors.
+        e.sweep_step = 2 * (view.shape.block_capacity // (e.sweep_seen + 1)) + SWEEP_STEP_MIN
+        if e.sweep_step > SWEEP_STEP_MAX:
+            e.sweep_step = SWEEP_STEP_MAX
+        if e.ready.count != 0:
+            e.found_nothing_ns = 0
 
 
 cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil:
@@ -164,7 +191,7 @@ cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogi
     cdef Candidate c
     if not candidate_of(view, block, &c):
         return
-    if e.ready.count != 0 and c.recency <= e.ready.recency_max:
+    if e.found_nothing_ns != 0 or (e.ready.count != 0 and c.recency <= e.ready.recency_max):
         heap_push(&e.ready, c)
     elif block < e.cursor and (kv_recency_tick(c.recency) <= e.sweep_start_tick
                                or c.recency <= e.gathering.recency_max):
@@ -203,18 +230,14 @@ cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
     while next_ready(view, e):  # each turn uses up an entry, or ends
         c = heap_pop(&e.ready)
         word = kv_u64_load_acquire(&view.blocks[c.block].word)
-        if not evictable(word) or kv_word_generation(word) != c.generation:
-            continue
         if not candidate_of(view, c.block, &now):
             continue
-        if now.recency != c.recency:
-            if now.recency <= e.ready.recency_max:
-                heap_push(&e.ready, now)
-            elif c.block < e.cursor and kv_recency_tick(now.recency) <= e.sweep_start_tick:
-                heap_push(&e.gathering, now)
+        # The word that block_evict compares with was evictable itself, not only what it was later.
+        if (not evictable(word) or kv_word_generation(word) != c.generation
+                or now.generation != c.generation or now.recency != c.recency):
+            evictor_offer(view, e, c.block)
             continue
         if block_evict(view, c.block, word, host_slot, &parent):
-            e.found_nothing_ns = 0
             kv_count(view, KV_C_EVICTED, 1)
             if parent != KV_NONE:
                 evictor_offer(view, e, parent)

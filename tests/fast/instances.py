@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small segments for tests: made under a name of their own, and proven idle when they are removed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from dataclasses import dataclass, field
+
+import posix_ipc
+
+from kvbm._fast.operation_table import OperationTable
+from kvbm._fast.participants import claim_leader, claim_worker
+from kvbm._fast.segment import Segment, Shape, shape_for
+from tests.fast.raw_segment import RawSegment
+
+FINGERPRINT = bytes(range(32))
+DESCRIPTION = b'{"model": "tiny"}'
+_numbers = itertools.count()
+
+
+def unique_name() -> str:
+    """Return a name that no other test and no other process uses."""
+    return f"/kvbm-test-{os.getpid()}-{next(_numbers)}"
+
+
+def digests(count: int, seed: object = 0) -> list[bytes]:
+    """Return a chain of block hashes: 32 bytes each, as the engine's are; the same seed, the same."""
+    return [hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=32).digest() for i in range(count)]
+
+
+def block_of(ref: int) -> int:
+    """Block of a reference."""
+    return ref & 0xFFFFFFFF
+
+
+def generation_of(ref: int) -> int:
+    """Generation of a reference."""
+    return ref >> 32
+
+
+@dataclass
+class Instance:
+    """A segment of which all slots are usable, and those who are attached to it.
+
+    Attributes
+    ----------
+    creator
+        The attachment that made the segment; without a line.
+    check
+        What the removal proves: "nothing" (the test broke the segment on purpose), "invariants"
+        (something may be held), "idle" (also nothing held, but operations may be in flight) or
+        "all".
+    exact
+        Whether counts and pools must be exact, i.e. nobody died.
+    """
+
+    shape: Shape
+    name: str = field(default_factory=unique_name)
+    check: str = "all"
+    exact: bool = True
+    attached: list[Segment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.creator = Segment.create(self.name, self.shape, FINGERPRINT, DESCRIPTION)
+        self.attached.append(self.creator)
+        for rank in range(self.shape.ranks):
+            self.creator.set_ready_slots(rank, self.shape.host_slots)
+        self.raw = RawSegment(self.name)
+        self._tables: list[OperationTable] = []
+
+    def attach(self, writable: bool = True) -> Segment:
+        """Attach once more."""
+        segment = Segment.attach(self.name, writable)
+        self.attached.append(segment)
+        return segment
+
+    def leader(self, engine_key: int = 1) -> OperationTable:
+        """Attach as a leader."""
+        segment = self.attach()
+        claim_leader(segment, engine_key)
+        return OperationTable(segment)
+
+    def worker(self, leader: int = 0, rank: int = 0) -> Segment:
+        """Attach as a worker."""
+        segment = self.attach()
+        claim_worker(segment, leader, rank)
+        return segment
+
+    def writable(self) -> RawSegment:
+        """Map the bytes once more to scribble on them; a context manager."""
+        return RawSegment(self.name, writable=True)
+
+    def prove(self) -> None:
+        """Fail unless the segment is in the state that `check` names."""
+        if self.check != "nothing":
+            self.raw.check_invariants(self.exact)
+        if self.check in ("idle", "all"):
+            self.raw.check_idle(operations_too=self.check == "all")
+
+    def remove(self) -> None:
+        """Detach everything and unlink the name."""
+        self.raw.close()
+        for segment in self.attached:
+            segment.close()
+        posix_ipc.unlink_shared_memory(self.name)
+
+
+def instance(
+    host_slots: int = 64, ranks: int = 1, disk_slots: int = 0, index_buckets: int | None = None
+) -> Instance:
+    """Make a segment of these sizes with blocks of 16 tokens."""
+    shape = shape_for(host_slots, disk_slots, ranks, 16, True)
+    if index_buckets is not None:
+        shape = shape._replace(index_buckets=index_buckets)
+    return Instance(shape)
