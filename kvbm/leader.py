@@ -4,76 +4,46 @@
 The life of a sequence as the leader sees it, in the order in which an engine calls:
 
     track          the request is known, with the keys of its blocks
-    match          how many blocks beyond the device's own prefix are in the cache (held from here on)
+    match          how many blocks beyond the device's own prefix are in the cache (held meanwhile)
     load           the engine has allocated device blocks: copy the matched ones into them
+    loads_ended    all workers have reported a load
     store          blocks are complete after this step: copy those that are not in the cache yet
     build_step     end of the scheduling step: what the workers must know
-    loads_ended    all workers have reported a load
+    preempt        the engine took the device blocks away; the request begins anew
     finish         the request is done: must its device blocks be kept for stores in flight?
 
-The leader works on one thread, the scheduler's, and never waits: operations that are still running are looked at
-again in the next step.
+The leader works on one thread, the scheduler's, and does not wait for workers (but for `reset`, and
+there for a bounded time): operations that are still running are looked at again in the next step.
 """
 
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import participants, workers_attached
 from kvbm._fast.recovery import recover
-from kvbm.instance import engine_key
-from kvbm.step import StepMetadata
+from kvbm.load_failures import LoadFailures
+from kvbm.sequences import GroupBlocks, TrackedSequence
+from kvbm.step import LoadOrder, StepMetadata
 
 logger = logging.getLogger(__name__)
 
-LIVENESS_INTERVAL_NS = 1_000_000_000
+LIVENESS_SECS = 1.0
 """How often a leader looks for dead participants."""
 
+LIVENESS_MAX_SECS = 60.0
+"""How often, at least, while a dead participant cannot be cleaned up yet."""
 
-@dataclass
-class GroupBlocks:
-    """One KV-cache group of a sequence: where its blocks are on the device, how far they are in the cache.
+MATCH_STEPS = 64
+"""Steps after which a match that was not loaded is let go; most engines ask again in each step."""
 
-    Attributes
-    ----------
-    keys : Keys
-        Digests of the sequence's complete blocks in this group.
-    device_blocks : list of int
-        Device block of each block, from block 0.
-    stored : int
-        Blocks from the start that were found in the cache or submitted to it.
-    parent : int or None
-        Reference to block `stored - 1`.
-    matched : int or None
-        Reference to the deepest matched block, held until the load has ended or the match is dropped.
-    """
+STORE_ATTEMPTS = 2
+"""Stores of one request that may fail before it is not stored any more."""
 
-    keys: Keys
-    device_blocks: list[int] = field(default_factory=list)
-    stored: int = 0
-    parent: int | None = None
-    matched: int | None = None
-
-
-@dataclass
-class TrackedSequence:
-    """A request between its arrival and the end of its last transfer."""
-
-    request_id: str
-    groups: list[GroupBlocks]
-    matched_from: int = 0
-    matched_count: int = 0
-    loads: list[int] = field(default_factory=list)
-    stores: list[int] = field(default_factory=list)
-    finished: bool = False
-
-    @property
-    def request_key(self) -> int:
-        """64-bit hash of the request id, as operations carry it."""
-        return engine_key(self.request_id)
+RESET_SECS = 1.0
+"""Longest wait of a reset for copies in progress."""
 
 
 class Leader:
@@ -85,30 +55,52 @@ class Leader:
         This leader's handle on the segment.
     block_tokens : int
         Tokens in a block.
+
+    Attributes
+    ----------
+    sequences : dict of str to TrackedSequence
+        Requests that the engine has not finished.
+    failures : LoadFailures
+        Which blocks are avoided, and whether loading pauses.
+    workers_lost : bool
+        A worker of this engine died; the cache is off.
     """
 
     def __init__(self, table: OperationTable, block_tokens: int) -> None:
         self.table = table
         self.block_tokens = block_tokens
         self.sequences: dict[str, TrackedSequence] = {}
-        self._next = StepMetadata(step=1)
-        self._looked_ns = time.monotonic_ns()
+        self.failures = LoadFailures()
         self.workers_lost = False
+        self._next = StepMetadata(step=1)
+        self._matching: dict[TrackedSequence, None] = {}
+        self._loading: dict[str, TrackedSequence] = {}
+        self._storing: dict[TrackedSequence, None] = {}
+        self._held: dict[TrackedSequence, None] = {}
+        self._uncollected: list[int] = []
+        self._not_loaded: set[int] = set()
         self._attached = False
+        self._look_at = time.monotonic() + LIVENESS_SECS
+        self._look_every = LIVENESS_SECS
 
-    # ---- sequences --------------------------------------------------------------------------------------
+    @property
+    def holds_device_blocks(self) -> bool:
+        """Whether device blocks of finished requests become free when transfers end."""
+        return bool(self._held) or any(s.finished for s in self._loading.values())
+
+    # ---- sequences -------------------------------------------------------------------------------
     def track(self, request_id: str, keys: Sequence[Keys]) -> TrackedSequence:
-        """Return the sequence of a request, made on first sight with these keys, one a group."""
-        sequence = self.sequences.get(request_id)
-        if sequence is None:
-            sequence = TrackedSequence(request_id, [GroupBlocks(k) for k in keys])
-            self.sequences[request_id] = sequence
+        """Begin a sequence with these keys, one a group; one of the same name is abandoned."""
+        self.abandon(request_id)
+        sequence = TrackedSequence(request_id, [GroupBlocks(k) for k in keys])
+        self.sequences[request_id] = sequence
         return sequence
 
     def match(self, sequence: TrackedSequence, start: int, stop: int) -> int:
         """Longest run of cached blocks from block `start` on, held until it is loaded or dropped.
 
-        May be asked again and again while a request waits; the last answer counts.
+        May be asked again and again while a request waits; the last answer counts, for the next
+        `MATCH_STEPS` steps.
 
         Returns
         -------
@@ -116,112 +108,175 @@ class Leader:
             Blocks, at most `stop - start`; with several groups, what all of them have.
         """
         self.drop_match(sequence)
-        if sequence.finished or not self._workers_ready():
+        if sequence.finished or sequence.loading or sequence.load_failed:
             return 0
-        count = stop - start
-        for group in sequence.groups:
-            found, group.matched = self.table.match(group.keys, start, start + count)
-            count = min(count, found)
+        if not self._workers_ready() or not self.failures.loads_allowed():
+            return 0
+        for number, group in enumerate(sequence.groups):
+            stop = self.failures.limit(number, group.keys, start, stop)
+        self._matching[sequence] = None
+        count = self._match_groups(sequence, start, stop - start)
         if count <= 0:
             self.drop_match(sequence)
             return 0
-        if len(sequence.groups) > 1:
-            for group in sequence.groups:  # the same depth in every group
+        sequence.matched_from, sequence.matched_count = start, count
+        sequence.matched_step = self._next.step
+        return count
+
+    def _match_groups(self, sequence: TrackedSequence, start: int, count: int) -> int:
+        """Hold what all groups have, at most `count` blocks; 0 if some group has nothing."""
+        while count > 0:
+            shortest = count
+            for group in sequence.groups:
                 if group.matched is not None:
                     self.table.unpin(group.matched)
                 found, group.matched = self.table.match(group.keys, start, start + count)
-                if found < count:
-                    self.drop_match(sequence)
-                    return 0
-        sequence.matched_from = start
-        sequence.matched_count = count
-        return count
+                shortest = min(shortest, found)
+            if shortest == count:
+                return count
+            if len(sequence.groups) == 1:
+                return shortest
+            count = shortest  # the same depth in every group
+        return 0
 
     def drop_match(self, sequence: TrackedSequence) -> None:
         """Let go of what `match` holds, unless it is being loaded."""
-        if sequence.loads:
+        if sequence.loading:
             return
+        self._matching.pop(sequence, None)
         sequence.matched_count = 0
         for group in sequence.groups:
             if group.matched is not None:
-                self.table.unpin(group.matched)
-                group.matched = None
+                ref, group.matched = group.matched, None
+                self.table.unpin(ref)
 
-    def set_device_blocks(self, sequence: TrackedSequence, blocks: Sequence[Sequence[int]]) -> None:
-        """All device blocks of a sequence, one list a group, replacing what was known."""
-        for group, ids in zip(sequence.groups, blocks, strict=True):
-            group.device_blocks = list(ids)
+    # ---- loads -----------------------------------------------------------------------------------
+    def load(self, sequence: TrackedSequence, count: int) -> None:
+        """Copy `count` blocks, from the first matched one on, to the sequence's device blocks.
 
-    def add_device_blocks(self, sequence: TrackedSequence, blocks: Sequence[Sequence[int]]) -> None:
-        """Device blocks that a sequence got in addition, one list a group."""
-        for group, ids in zip(sequence.groups, blocks, strict=True):
-            group.device_blocks.extend(ids)
-
-    # ---- loads ------------------------------------------------------------------------------------------
-    def load(self, sequence: TrackedSequence, start: int, count: int) -> None:
-        """Copy `count` matched blocks, from block `start` of the sequence, to its device blocks.
-
-        If the copies cannot be submitted (the match is gone, no operation is free), the workers report these
+        If that cannot be done (the match is gone, no operation is free), the workers report these
         device blocks as not loaded and the engine recomputes them.
         """
-        skip = sequence.matched_from + sequence.matched_count - (start + count)
-        handles: list[int] = []
-        complete = start >= sequence.matched_from and skip >= 0
+        start = sequence.matched_from
+        if sequence.matched_count < count:  # let go meanwhile: perhaps it is still there
+            self.match(sequence, start, start + count)
+        order = LoadOrder()
+        for group in sequence.groups:
+            order.device_blocks += group.device_blocks[start : start + count]
+        self._next.loads[sequence.request_id] = order
+        self._loading[sequence.request_id] = sequence
+        self._matching.pop(sequence, None)
+        sequence.loading = True
+        try:
+            order.failed = not self._submit_load(sequence, start, count, order.handles)
+        except Exception:
+            logger.exception("request %s: submitting its load failed", sequence.request_id)
+            order.failed = True
+        sequence.loads = order.handles
+        if order.failed:
+            sequence.load_failed = True
+            self.table.count("errors", 1)
+            logger.warning(
+                "request %s: its load could not be submitted; it is recomputed", sequence.request_id
+            )
+        else:
+            self.table.count("matched_tokens", count * self.block_tokens)
+
+    def _submit_load(
+        self, sequence: TrackedSequence, start: int, count: int, handles: list[int]
+    ) -> bool:
+        """Submit the operations of a load; False if not all could be. Handles are added at once."""
+        skip = sequence.matched_count - count
+        if skip < 0:
+            return False
         for number, group in enumerate(sequence.groups):
             targets = group.device_blocks[start : start + count]
-            if not complete or group.matched is None or len(targets) != count:
-                complete = False
-                break
+            if group.matched is None or len(targets) != count:
+                return False
             submitted = self.table.load(
                 group.matched, skip, targets, self._next.step, sequence.request_key, number
             )
             if submitted is None:
-                complete = False
-                break
+                return False
             handles += submitted
-        sequence.loads = handles
-        if complete:
-            self._next.loads[sequence.request_id] = handles
-            self.table.count("matched_tokens", count * self.block_tokens)
-            for group in sequence.groups:
-                if skip == 0:
-                    group.stored = max(group.stored, start + count)
-                    group.parent = group.matched
-            return
-        self.table.count("errors", 1)
-        logger.warning("request %s: its load could not be submitted; it is recomputed", sequence.request_id)
-        self._next.failed_loads[sequence.request_id] = [
-            block for group in sequence.groups for block in group.device_blocks[start : start + count]
-        ]
-        if handles:
-            self._next.loads[sequence.request_id] = handles
+        for group in sequence.groups:
+            if skip == 0:
+                group.stored, group.parent = start + count, group.matched
+        return True
 
-    def loads_ended(self, request_ids: Iterable[str]) -> None:
-        """All workers have reported these requests' loads as ended."""
+    def loads_ended(self, request_ids: Iterable[str], not_loaded: Iterable[int] = ()) -> None:
+        """All workers have reported these requests' loads as ended.
+
+        Parameters
+        ----------
+        request_ids : iterable of str
+            The requests; others are ignored.
+        not_loaded : iterable of int
+            Device blocks that some worker could not fill, of these requests or of such whose other
+            workers have not reported yet.
+        """
+        self._not_loaded.update(not_loaded)
         for request_id in request_ids:
-            sequence = self.sequences.get(request_id)
-            if sequence is None:
-                continue
-            loaded = [self.table.collect(handle) for handle in sequence.loads]
-            sequence.loads = []
-            if not all(loaded):
-                for group in sequence.groups:  # what was loaded is unknown: look again before storing
-                    group.stored, group.parent = 0, None
-            self.drop_match(sequence)
-            self._forget_if_done(sequence)
+            sequence = self._loading.pop(request_id, None)
+            if sequence is not None:
+                self._load_ended(sequence)
+        if not self._loading:
+            self._not_loaded.clear()
 
-    # ---- stores -----------------------------------------------------------------------------------------
+    def _load_ended(self, sequence: TrackedSequence) -> None:
+        results = [self._collect(handle) for handle in sequence.loads]
+        running = [h for h, r in zip(sequence.loads, results, strict=True) if r is None]
+        self._uncollected += running
+        sequence.loads = []
+        sequence.loading = False
+        submitted = not sequence.load_failed
+        if not submitted or not all(results):
+            sequence.load_failed = True
+            sequence.look_again()  # what was loaded is unknown
+        if submitted and not sequence.finished:
+            if sequence.load_failed:
+                self.failures.failed()
+                self._avoid_first_not_loaded(sequence)
+            else:
+                self.failures.succeeded()
+        self.drop_match(sequence)
+
+    def _avoid_first_not_loaded(self, sequence: TrackedSequence) -> None:
+        first, end = sequence.matched_from, sequence.matched_from + sequence.matched_count
+        for number, group in enumerate(sequence.groups):
+            for position in range(first, min(end, len(group.device_blocks), len(group.keys))):
+                if group.device_blocks[position] in self._not_loaded:
+                    self.failures.avoid(number, group.keys, position)
+                    break
+
+    def fail_load(self, request_id: str, device_blocks: list[int]) -> None:
+        """The engine waits for a load that was not planned: have it reported as failed."""
+        order = self._next.loads.setdefault(request_id, LoadOrder())
+        order.failed = True
+        order.device_blocks = device_blocks
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            sequence.load_failed = sequence.loading = True
+            self._loading[request_id] = sequence
+
+    # ---- stores ----------------------------------------------------------------------------------
+    def storing(self) -> list[str]:
+        """Requests with stores in flight that the engine has not finished."""
+        return [s.request_id for s in self._storing if not s.finished]
+
     def store(self, sequence: TrackedSequence, upto: int, priority: int = 0) -> None:
-        """Copy the blocks before block `upto` that are not in the cache yet; they are complete after this step.
+        """Copy the blocks before block `upto` that are not cached; complete after this step.
 
         Blocks for which there is no slot or no operation now are tried again at the next call.
         """
         self._store(sequence, upto, self._next.step, priority)
 
     def _store(self, sequence: TrackedSequence, upto: int, step: int, priority: int = 0) -> None:
-        if sequence.loads or not self._workers_ready():
+        if sequence.loading or sequence.stale or not self._workers_ready():
             return
         for group in sequence.groups:
+            if group.stored > len(group.keys):  # the engine took tokens back
+                group.look_again()
             end = min(upto, len(group.keys), len(group.device_blocks))
             if group.stored >= end:
                 continue
@@ -231,42 +286,95 @@ class Leader:
                 group.stored, held = self.table.match(group.keys, 0, end)
                 group.parent = held
             handles, group.stored, group.parent = self.table.store(
-                group.keys, group.stored, end, group.device_blocks, group.parent, step,
-                sequence.request_key, priority,
+                group.keys,
+                group.stored,
+                end,
+                group.device_blocks,
+                group.parent,
+                step,
+                sequence.request_key,
+                priority,
             )
             if held is not None:
                 self.table.unpin(held)
-            sequence.stores += handles
+            if handles:
+                sequence.stores += handles
+                self._storing[sequence] = None
 
     def collect(self) -> None:
         """Publish or give back the stores that have ended since the last call."""
-        for sequence in list(self.sequences.values()):
-            if sequence.stores:
-                sequence.stores = [h for h in sequence.stores if self.table.collect(h) is None]
-                self._forget_if_done(sequence)
+        self._uncollected = [h for h in self._uncollected if self._collect(h) is None]
+        for sequence in list(self._storing):
+            self._collect_stores(sequence)
 
-    # ---- steps ------------------------------------------------------------------------------------------
-    def preempt(self, request_ids: Iterable[str]) -> None:
-        """The device blocks of these requests are reused in this step: their stores must stop."""
-        for request_id in request_ids:
-            sequence = self.sequences.get(request_id)
-            if sequence is None:
-                continue
-            self._next.stop += sequence.stores
-            for group in sequence.groups:
-                group.device_blocks = []
-                group.stored, group.parent = 0, None
+    def _collect_stores(self, sequence: TrackedSequence) -> None:
+        results = [(handle, self._collect(handle)) for handle in sequence.stores]
+        sequence.stores = [handle for handle, result in results if result is None]
+        failed = sum(result is False for _, result in results)
+        if failed:
+            sequence.failed_stores += failed
+            sequence.look_again()
+            sequence.stale |= sequence.failed_stores >= STORE_ATTEMPTS
+        if not sequence.stores:
+            self._storing.pop(sequence, None)
+            self._held.pop(sequence, None)
+
+    def _collect(self, handle: int) -> bool | None:
+        """Result of an operation, None while it runs; one that is gone has failed."""
+        try:
+            return self.table.collect(handle)
+        except LookupError:
+            logger.exception("an operation was collected twice")
+            return False
+
+    def _stop_stores(self, sequence: TrackedSequence) -> None:
+        """Its device blocks are overwritten from this step on: no copy of them may go on."""
+        for handle in sequence.stores:
+            self.table.cancel(handle)
+        self._next.stop += sequence.stores
+        self._uncollected += sequence.stores
+        sequence.stores = []
+        self._storing.pop(sequence, None)
+        self._held.pop(sequence, None)
+
+    # ---- steps -----------------------------------------------------------------------------------
+    def preempt(self, request_id: str) -> None:
+        """The engine took this request's device blocks away; they may be reused in this step."""
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            self._stop_stores(sequence)
+            sequence.new_admission()
+
+    def abandon(self, request_id: str) -> None:
+        """Give up on a request about whose device blocks nothing is known any more."""
+        sequence = self.sequences.pop(request_id, None)
+        if sequence is not None:
+            self._stop_stores(sequence)
+            sequence.finished = sequence.stale = True
+            self.drop_match(sequence)
 
     def build_step(self) -> StepMetadata:
-        """End the scheduling step: its metadata for the workers."""
-        self.collect()
-        self._look_for_the_dead()
-        built = self._next
-        self._next = StepMetadata(step=built.step + 1)
+        """End the scheduling step: its metadata for the workers. Never fails."""
+        built, self._next = self._next, StepMetadata(step=self._next.step + 1)
+        try:
+            self.collect()
+            self._drop_old_matches(built.step)
+            self._look_for_the_dead()
+        except Exception:
+            logger.exception("the leader's work between two steps failed")
+            self.table.count("errors", 1)
         return built
 
+    def _drop_old_matches(self, step: int) -> None:
+        for sequence in list(self._matching):
+            if sequence.matched_step + MATCH_STEPS <= step:
+                self.drop_match(sequence)
+
     def finish(self, request_id: str, computed_blocks: int) -> bool:
-        """The request is done; blocks before `computed_blocks` are complete on the device.
+        """The request is done; blocks before `computed_blocks` are complete after the last step.
+
+        A load that is running is cancelled; the engine keeps the device blocks until it has been
+        reported.
 
         Returns
         -------
@@ -274,58 +382,84 @@ class Leader:
             True if its device blocks must be kept until the workers report the request as sent.
         """
         sequence = self.sequences.get(request_id)
-        if sequence is None or sequence.finished:
+        if sequence is None:
             return False
+        for group in sequence.groups:
+            if group.parent is not None and not self.table.is_current(group.parent):
+                group.look_again()
         self._store(sequence, computed_blocks, self._next.step - 1)
         self.drop_match(sequence)
-        sequence.stores = [h for h in sequence.stores if self.table.collect(h) is None]
+        self._collect_stores(sequence)
+        del self.sequences[request_id]
         sequence.finished = True
-        hold = bool(sequence.stores)
-        if hold:
-            self._next.held[request_id] = list(sequence.stores)
-        self._forget_if_done(sequence)
-        return hold
-
-    def _forget_if_done(self, sequence: TrackedSequence) -> None:
-        if sequence.finished and not sequence.stores and not sequence.loads:
-            self.sequences.pop(sequence.request_id, None)
+        if sequence.loading:
+            for handle in sequence.loads:
+                self.table.cancel(handle)
+            self._stop_stores(sequence)  # of an earlier admission
+            return False
+        if not sequence.stores:
+            return False
+        self._held[sequence] = None
+        self._next.held[request_id] = list(sequence.stores)
+        return True
 
     def reset(self) -> int:
-        """Make all cached content unreachable; returns the number of blocks given back."""
-        for sequence in self.sequences.values():
+        """Make all cached content unreachable; returns the number of blocks given back.
+
+        Requests that have device blocks now are not stored any more: these hold what was computed
+        before the reset. Copies in flight are stopped, and the reset waits for them.
+        """
+        for sequence in list(self.sequences.values()):
             self.drop_match(sequence)
-            for group in sequence.groups:
-                group.stored, group.parent = 0, None
+            sequence.look_again()
+            sequence.stale |= sequence.loading or any(g.device_blocks for g in sequence.groups)
+        for sequence in list(self._storing):
+            self._stop_stores(sequence)
+        self.failures.forget()
+        deadline = time.monotonic() + RESET_SECS
+        self.collect()
+        while self._uncollected and time.monotonic() < deadline:
+            time.sleep(0.001)
+            self.collect()
         return self.table.reset()
 
-    # ---- liveness ---------------------------------------------------------------------------------------
+    # ---- liveness --------------------------------------------------------------------------------
     def _workers_ready(self) -> bool:
-        """Return whether all ranks can copy: none before their arenas are open, none after a death."""
+        """Return whether all ranks can copy: none before their arenas are open."""
         if not self._attached:
             self._attached = workers_attached(self.table.segment)
         return self._attached and not self.workers_lost
 
     def _look_for_the_dead(self) -> None:
-        now = time.monotonic_ns()
-        if now - self._looked_ns < LIVENESS_INTERVAL_NS:
+        now = time.monotonic()
+        if now < self._look_at:
             return
-        self._looked_ns = now
         lines = participants(self.table.segment)
-        if all(line.alive for line in lines):
-            return
         mine = self.table.segment.leader
         lost = [line.rank for line in lines if line.leader == mine and not line.alive]
         if lost and not self.workers_lost:
             self.workers_lost = True
-            logger.error("worker ranks %s died; the cache is switched off for this engine", lost)
-        recover(self.table.segment)
+            logger.error("worker ranks %s died; the cache is off for this engine", lost)
+        if all(line.alive for line in lines) or recover(self.table.segment):
+            self._look_every = LIVENESS_SECS
+        else:  # a dead engine whose workers live: nothing to do until they end
+            self._look_every = min(LIVENESS_MAX_SECS, 2 * self._look_every)
+        self._look_at = now + self._look_every
 
     def close(self) -> None:
-        """Return everything that this leader holds; operations still running are left to recovery."""
-        for sequence in list(self.sequences.values()):
+        """Return everything that this leader holds.
+
+        Operations that are still running, and their blocks, are left to recovery.
+        """
+        sequences = [*self.sequences.values(), *self._loading.values(), *self._storing]
+        for sequence in dict.fromkeys(sequences):
             for handle in sequence.stores + sequence.loads:
                 self.table.cancel(handle)
-                self.table.collect(handle)
-            sequence.stores, sequence.loads = [], []
+                self._collect(handle)
+            sequence.stores, sequence.loads, sequence.loading = [], [], False
             self.drop_match(sequence)
-        self.sequences.clear()
+        for handle in self._uncollected:
+            self._collect(handle)
+        self._uncollected = []
+        for group in (self.sequences, self._matching, self._loading, self._storing, self._held):
+            group.clear()

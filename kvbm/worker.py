@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker side: own the KV cache and the arena of one rank, run the copies, report what has ended.
 
-Threads. The engine's thread calls `bind`, `filled`, `stop_copies`, `ended_loads` and `ended_stores`; none of them waits,
-but for `stop_copies`, which lasts as long as the copy of one block. Behind it are two threads: one reserves the
-arena's memory and ends, the other runs the copies without the GIL (kvbm/_fast/worker_loop.pyx).
+Threads. The engine's thread calls `bind`, `filled`, `stop_copies`, `ended_loads` and
+`ended_stores`; none of them waits, but for `stop_copies`, which lasts as long as the copy of one
+run of blocks. Behind it are two threads: one reserves the arena's memory and ends, the other runs
+the copies without the GIL (kvbm/_fast/worker_loop.pyx). Whatever becomes of them, each load is
+reported as ended once, with the device blocks that did not arrive, so that the engine recomputes
+instead of waiting.
 """
 
 import logging
@@ -21,7 +24,7 @@ from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.config import Settings
 from kvbm.errors import GeometryError
 from kvbm.instance import engine_key, is_private, remove_if_unused, segment_name
-from kvbm.step import StepMetadata
+from kvbm.step import LoadOrder, StepMetadata
 from kvbm.tiers.host import ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.geometry import KvGeometry
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_MS = 1000
 """Longest wait for one block's copy to end before its device block is overwritten."""
+
+JOIN_SECS = 10.0
+"""Longest wait for a thread to end."""
 
 _POLL_SECS = 0.005
 
@@ -75,12 +81,17 @@ class Worker:
     """
 
     def __init__(
-        self, place: WorkerPlace, settings: Settings, geometries: Sequence[KvGeometry], keep_alive: object = None
+        self,
+        place: WorkerPlace,
+        settings: Settings,
+        geometries: Sequence[KvGeometry],
+        keep_alive: object = None,
     ) -> None:
         if any(g.chunk_bytes != geometries[0].chunk_bytes for g in geometries):
             raise GeometryError(
                 "KV-cache groups with blocks of different shapes are not supported: "
-                + ", ".join(str(g.bytes_per_block) for g in geometries) + " bytes"
+                + ", ".join(str(g.bytes_per_block) for g in geometries)
+                + " bytes"
             )
         self.place = place
         self.settings = settings
@@ -89,8 +100,11 @@ class Worker:
         self.arena = HostArena(
             place.instance,
             ArenaHeader(
-                rank=place.rank, ranks=place.ranks, bytes_per_block=geometries[0].bytes_per_block,
-                device_blocks=geometries[0].num_blocks, nonce=0,
+                rank=place.rank,
+                ranks=place.ranks,
+                bytes_per_block=geometries[0].bytes_per_block,
+                device_blocks=geometries[0].num_blocks,
+                nonce=0,
                 geometry=bytes.fromhex(geometries[0].fingerprint())[:32].ljust(32, b"\0"),
             ),
             exclusive=is_private(place.instance),
@@ -100,26 +114,32 @@ class Worker:
         self.segment: Segment | None = None
         self.loop: WorkerLoop | None = None
         self._closing = threading.Event()
-        self._pending_step = StepMetadata()
-        self._loads: dict[str, list[int]] = {}
-        self._failed: dict[str, list[int]] = {}
+        self._steps = threading.Lock()  # of the two steps below, until the loop is there
+        self._bound = self._filled = 0
+        self._loads: dict[str, LoadOrder] = {}
         self._held: dict[str, list[int]] = {}
-        self._copies = threading.Thread(target=self._run, name=f"kvbm-copy-{place.rank}", daemon=True)
+        self._copies = threading.Thread(
+            target=self._run, name=f"kvbm-copy-{place.rank}", daemon=True
+        )
         self._reserving: threading.Thread | None = None
         self._copies.start()
 
-    # ---- background -------------------------------------------------------------------------------------
+    # ---- background ------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
             self.segment = self._join()
             if self.segment is None:
                 return
-            self.loop = WorkerLoop(self.segment, self._backend(self.segment))
-            self._tell_loop()
+            loop = WorkerLoop(self.segment, self._backend(self.segment))
+            with self._steps:
+                self.loop = loop
+                self._tell_loop()
             if not self._closing.is_set():
-                self.loop.run()
+                loop.run()
         except Exception:
-            logger.exception("rank %d: the copy thread ended; the cache is off for this rank", self.place.rank)
+            logger.exception("rank %d: the copy thread failed", self.place.rank)
+        if not self._closing.is_set():
+            logger.error("rank %d: no copies any more; the engine recomputes", self.place.rank)
 
     def _join(self) -> Segment | None:
         """Attach to the leader's segment once it is there, and take this rank's line."""
@@ -141,18 +161,22 @@ class Worker:
             if time.monotonic() > deadline:
                 logger.error(
                     "rank %d: no leader in %s after DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS=%s",
-                    self.place.rank, name, self.settings.leader_worker_init_timeout_secs,
+                    self.place.rank,
+                    name,
+                    self.settings.leader_worker_init_timeout_secs,
                 )
                 return None
             self._closing.wait(_POLL_SECS)
         return None
 
     def _backend(self, segment: Segment) -> CopyBackend:
-        """The backend for this KV cache; one that fails every copy if the arena cannot be opened."""
+        """Backend for this KV cache; if its arena cannot be opened, one that fails all copies."""
         try:
             return self._open_arena(segment)
         except Exception:
-            logger.exception("rank %d: the arena cannot be used; every copy of this rank fails", self.place.rank)
+            logger.exception(
+                "rank %d: the arena cannot be used; every copy of this rank fails", self.place.rank
+            )
             return CopyBackend()
 
     def _open_arena(self, segment: Segment) -> CopyBackend:
@@ -161,8 +185,13 @@ class Worker:
         memory = self.arena.map(layout.total_bytes)
         copiers = [
             HostCopier(
-                geometry.address_table, layout, memory, device_blocks=geometry.num_blocks, rank=self.place.rank,
-                group=number, keep_alive=self._keep_alive,
+                geometry.address_table,
+                layout,
+                memory,
+                device_blocks=geometry.num_blocks,
+                rank=self.place.rank,
+                group=number,
+                keep_alive=self._keep_alive,
             )
             for number, geometry in enumerate(self.geometries)
         ]
@@ -173,80 +202,116 @@ class Worker:
             usable = layout.usable_slots(count)
             backend.set_usable_slots(usable)
             segment.set_ready_slots(self.place.rank, usable)
-            # Slots that were usable before this worker came (a restart, another engine) hold blocks: the leader
-            # must not match them until this worker can read them.
+            # Slots that were usable before this worker came (a restart, another engine) hold
+            # blocks: the leader must not match them until this worker can read them.
             if usable >= segment.ready_slots(self.place.rank):
                 set_attached(segment)
 
         self._reserving = threading.Thread(
-            target=self.arena.reserve, args=(reserved, self._closing.is_set),
-            name=f"kvbm-reserve-{self.place.rank}", daemon=True,
+            target=self.arena.reserve,
+            args=(reserved, self._closing.is_set),
+            name=f"kvbm-reserve-{self.place.rank}",
+            daemon=True,
         )
         self._reserving.start()
         return backend
 
     def _tell_loop(self) -> None:
-        """Steps that arrived before the copy thread was ready."""
-        if self.loop is not None and self._pending_step.step:
-            self.loop.bind_step(self._pending_step.step)
+        """Pass on the steps that arrived before the loop was there; under the lock."""
+        assert self.loop is not None
+        if self._bound:
+            self.loop.bind_step(self._bound)
+        if self._filled:
+            self.loop.fill_step(self._filled)
 
-    # ---- engine thread ----------------------------------------------------------------------------------
+    # ---- engine thread ---------------------------------------------------------------------------
     def stop_copies(self, metadata: StepMetadata) -> None:
-        """Before the step's metadata is bound: stop the stores whose device blocks it overwrites."""
+        """Wait for copies from device blocks that this step overwrites; may be called twice.
+
+        The leader has cancelled these stores: what has not begun does not begin.
+        """
         if self.loop is None:
             return
         for handle in metadata.stop:
             if not self.loop.cancel_and_wait(handle, STOP_TIMEOUT_MS):
-                logger.error("rank %d: a copy did not stop; its block is not published", self.place.rank)
+                logger.error(
+                    "rank %d: a copy did not stop; its blocks are not published", self.place.rank
+                )
 
     def bind(self, metadata: StepMetadata) -> None:
-        """A step begins."""
-        self._pending_step = metadata
+        """Begin a step."""
         self._loads.update(metadata.loads)
-        self._failed.update(metadata.failed_loads)
         self._held.update(metadata.held)
-        if self.loop is not None:
-            self.loop.bind_step(metadata.step)
+        if not metadata.step:
+            return
+        with self._steps:
+            self._bound = metadata.step
+            if self.loop is not None:
+                self.loop.bind_step(metadata.step)
 
     def filled(self) -> None:
         """The forward pass of the bound step has written its blocks."""
-        if self.loop is not None and self._pending_step.step:
-            self.loop.fill_step(self._pending_step.step)
+        with self._steps:
+            self._filled = self._bound
+            if self.loop is not None and self._filled:
+                self.loop.fill_step(self._filled)
 
-    def _ended(self, waiting: dict[str, list[int]]) -> list[str]:
-        if self.loop is None:
-            return []
-        ended = self.loop.rank_ended
-        return [request for request, handles in waiting.items() if all(ended(h) for h in handles)]
+    @property
+    def copying(self) -> bool:
+        """Whether operations are, or will soon be, worked on."""
+        return self._copies.is_alive() and not self._closing.is_set()
+
+    def _ended(self, handles: Sequence[int]) -> bool:
+        """Return whether this rank has nothing to do with these operations any more."""
+        loop = self.loop
+        if loop is None:
+            return not handles or not self.copying
+        try:
+            if not self.copying:  # nobody works on them: they fail at once
+                for handle in handles:
+                    loop.cancel_and_wait(handle, 0)
+            return all(loop.rank_ended(handle) for handle in handles)
+        except Exception:
+            logger.exception("rank %d: operations cannot be looked at", self.place.rank)
+            return True
 
     def ended_stores(self) -> set[str]:
         """Finished requests whose device blocks are no longer needed, each told once."""
-        done = self._ended(self._held)
+        done = {request for request, handles in self._held.items() if self._ended(handles)}
         for request in done:
             del self._held[request]
-        return set(done)
+        return done
 
-    def ended_loads(self) -> tuple[set[str], set[int]]:
-        """Requests whose loads have ended, each told once, and device blocks that did not arrive."""
-        failed: set[int] = set()
-        done = self._ended(self._loads)
-        for request in done:
-            for handle in self._loads.pop(request):
-                assert self.loop is not None
-                failed.update(self.loop.failed_device_blocks(handle))
-        for request in [r for r in self._failed if r not in self._loads]:
-            failed.update(self._failed.pop(request))
-            done.append(request)
-        return set(done), failed
+    def ended_loads(self) -> dict[str, Sequence[int]]:
+        """Requests whose loads have ended, each told once, with the blocks that did not arrive."""
+        done = [request for request, order in self._loads.items() if self._ended(order.handles)]
+        return {request: self._not_loaded(self._loads.pop(request)) for request in done}
+
+    def _not_loaded(self, order: LoadOrder) -> Sequence[int]:
+        """Device blocks of an ended load that did not arrive on this rank."""
+        loop = self.loop
+        if order.failed or loop is None:
+            return order.device_blocks
+        try:
+            return [block for h in order.handles for block in loop.failed_device_blocks(h)]
+        except Exception:
+            logger.exception("rank %d: a load cannot be looked at", self.place.rank)
+            return order.device_blocks
 
     def close(self) -> None:
-        """Stop the threads and detach; the last user of a private instance removes it. May be called twice."""
+        """Stop the threads and detach; the last user of a private instance removes it.
+
+        May be called twice.
+        """
         self._closing.set()
         if self.loop is not None:
             self.loop.stop()
         for thread in (self._copies, self._reserving):
             if thread is not None and thread is not threading.current_thread():
-                thread.join(timeout=10)
+                thread.join(timeout=JOIN_SECS)
+                if thread.is_alive():  # it still uses what would be unmapped here
+                    logger.error("%s does not end; its memory stays mapped", thread.name)
+                    return
         self.loop = None
         if self.segment is not None:
             self.segment.close()

@@ -1,23 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduler side of the vLLM connector: vLLM's requests and scheduler output become calls of the leader."""
+"""Scheduler side of the vLLM connector: vLLM's requests and outputs become calls of the leader.
+
+What vLLM says about device blocks, and how it is followed: `update_state_after_alloc` names all
+blocks of a request at its admission, so does the scheduler output when it first runs or runs again;
+after that, only additions are named. A preemption takes them all away. It is seen by the request's
+own count of preemptions: the scheduler output of old versions leaves out those that a reset of the
+prefix cache causes, and a request may be admitted again in the step that preempts it.
+"""
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-from vllm.v1.core import kv_cache_utils
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment, segment_bytes
 from kvbm.fingerprint import Fingerprint
-from kvbm.hashing import MultimodalItem, RequestKeys, TokenChain, engine_hashes_problem, token_chain
+from kvbm.hashing import (
+    MultimodalItem,
+    RequestKeys,
+    TokenChain,
+    engine_hashes_problem,
+    identity_mix,
+    token_chain,
+)
 from kvbm.instance import engine_key, is_private, remove_dead_private_instances
-from kvbm.leader import Leader, TrackedSequence
+from kvbm.leader import Leader
+from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
+from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.engine import (
     at_exit,
     block_tokens_of,
@@ -26,14 +41,41 @@ from kvbm.vllm_integration.engine import (
     instance_of,
     settings_of,
 )
+from kvbm.vllm_integration.stats import KvbmStats, StatsReader
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class KnownRequest:
+    """What was last seen of a request.
+
+    Attributes
+    ----------
+    request : Request
+        vLLM's own object.
+    hashes : list of bytes
+        vLLM's block hashes of it, a list that grows.
+    chain : TokenChain or None
+        Our own hashes; None if vLLM's serve.
+    multimodal : int
+        Number of its multimodal inputs: a streaming session gets more.
+    preemptions : int
+        How often it was preempted.
+    """
+
+    request: "Request"
+    hashes: list[bytes]
+    chain: TokenChain | None
+    multimodal: int
+    preemptions: int
 
 
 class KvConnectorLeader:
@@ -66,26 +108,30 @@ class KvConnectorLeader:
         self._problem = engine_hashes_problem(
             vllm_config.cache_config.prefix_caching_hash_algo,
             os.environ,
-            getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None),
+            compat.HASH_SEED,
             shared=not is_private(self.instance),
         )
         if self._problem is not None:
             logger.info("blocks are identified by hashes of our own: %s", self._problem)
-        self._kv_cache_config = kv_cache_config
-        self._requests: dict[str, Request] = {}
-        self._chains: dict[str, TokenChain] = {}
+        self._hash_tokens = compat.hash_block_tokens(
+            vllm_config, kv_cache_config, self.block_tokens
+        )
+        self._known: dict[str, KnownRequest] = {}
         remove_dead_private_instances()
         self.segment = self._open_segment(vllm_config)
         self.leader = Leader(OperationTable(self.segment), self.block_tokens)
+        self._stats = StatsReader(self.segment)
         at_exit(self, self.close)
 
     @staticmethod
     def _use_recompute_policy(vllm_config: "VllmConfig") -> None:
-        """A block that cannot be loaded is recomputed; vLLM's default ends the request with an error."""
+        """Blocks that cannot be loaded are recomputed; vLLM's default is to fail the request."""
         transfer = vllm_config.kv_transfer_config
         if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
             transfer.kv_load_failure_policy = "recompute"
-            logger.info("kv_load_failure_policy is set to recompute: blocks that cannot be loaded are recomputed")
+            logger.info(
+                "kv_load_failure_policy is set to recompute: what cannot be loaded is recomputed"
+            )
 
     def _open_segment(self, vllm_config: "VllmConfig") -> Segment:
         headers = wait_for_headers(
@@ -108,11 +154,17 @@ class KvConnectorLeader:
         segment = open_as_leader(spec, engine_key(self.engine_id))
         logger.info(
             "host tier: %d blocks of %d tokens, %d bytes over %d ranks, instance %s",
-            slots, self.block_tokens, slots * per_block, self.ranks, self.instance,
+            slots,
+            self.block_tokens,
+            slots * per_block,
+            self.ranks,
+            self.instance,
         )
         return segment
 
-    def _fingerprint(self, vllm_config: "VllmConfig", headers: Sequence[ArenaHeader]) -> Fingerprint:
+    def _fingerprint(
+        self, vllm_config: "VllmConfig", headers: Sequence[ArenaHeader]
+    ) -> Fingerprint:
         return Fingerprint(
             {
                 **fingerprint_values(vllm_config, self.block_tokens),
@@ -122,34 +174,73 @@ class KvConnectorLeader:
             }
         )
 
-    # ---- requests ---------------------------------------------------------------------------------------
-    def _keys(self, request: "Request") -> list[Keys]:
+    # ---- requests --------------------------------------------------------------------------------
+    def _keys(self, request: "Request") -> tuple[list[Keys], TokenChain | None]:
         """Where the digests of a request's blocks come from: vLLM's own hashes if they qualify."""
-        if self._problem is None:
-            hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or self.block_tokens
-            stride = self.block_tokens // hash_tokens
-            return [Keys(request.block_hashes, stride, group) for group in range(self.group_count)]
-        chain = token_chain(self.block_tokens, request_keys(request))
-        self._chains[request.request_id] = chain
-        return [Keys(chain, 1, group) for group in range(self.group_count)]
+        groups = range(self.group_count)
+        if self._problem is not None:
+            chain = token_chain(self.block_tokens, request_keys(request))
+            return [Keys(chain, 1, group) for group in groups], chain
+        expected = request.num_tokens // self._hash_tokens
+        if len(request.block_hashes) != expected:
+            raise ValueError(
+                f"{len(request.block_hashes)} block hashes for {request.num_tokens} tokens; "
+                f"{expected} of {self._hash_tokens} tokens each are expected"
+            )
+        stride = self.block_tokens // self._hash_tokens
+        mix = identity_mix(request_keys(request)) if compat.HASHES_NEED_IDENTITY else bytes(16)
+        return [Keys(request.block_hashes, stride, group, mix) for group in groups], None
 
     def _sequence(self, request: "Request") -> TrackedSequence:
         """The leader's sequence of a request, with keys for all tokens that it has now."""
         request_id = request.request_id
+        known = self._known.get(request_id)
         sequence = self.leader.sequences.get(request_id)
-        if sequence is None:
-            sequence = self.leader.track(request_id, self._keys(request))
-            self._requests[request_id] = request
-        chain = self._chains.get(request_id)
-        if chain is not None:
-            chain.update(request._all_token_ids)
+        if known is None or sequence is None or known.request is not request:
+            return self._track(request)
+        if known.hashes is not request.block_hashes:
+            return self._track(request)
+        if request.num_preemptions != known.preemptions:
+            known.preemptions = request.num_preemptions
+            self.leader.preempt(request_id)
+        if known.chain is not None:
+            if len(request.mm_features or ()) != known.multimodal:
+                self._renew_chain(known, sequence)
+            known.chain.update(request._all_token_ids)  # noqa: SLF001  # the list itself
         return sequence
 
+    def _track(self, request: "Request") -> TrackedSequence:
+        keys, chain = self._keys(request)
+        sequence = self.leader.track(request.request_id, keys)
+        self._known[request.request_id] = KnownRequest(
+            request,
+            request.block_hashes,
+            chain,
+            len(request.mm_features or ()),
+            request.num_preemptions,
+        )
+        if chain is not None:
+            chain.update(request._all_token_ids)  # noqa: SLF001  # the list itself
+        return sequence
+
+    def _renew_chain(self, known: KnownRequest, sequence: TrackedSequence) -> None:
+        """A streaming session got more multimodal inputs: they enter the hashes of their blocks."""
+        known.chain = token_chain(self.block_tokens, request_keys(known.request))
+        known.multimodal = len(known.request.mm_features or ())
+        for number, group in enumerate(sequence.groups):
+            group.keys = Keys(known.chain, 1, number)
+        sequence.look_again()
+
     def match(self, request: "Request", computed_tokens: int) -> int:
-        """Tokens beyond the device's own prefix that can be loaded: whole blocks, never the last token."""
+        """Tokens beyond the device's own prefix that can be loaded: whole blocks, never the last.
+
+        The last token must be computed, since its logits are needed.
+        """
+        if request.skip_reading_prefix_cache or computed_tokens % self.block_tokens != 0:
+            return 0
         start = computed_tokens // self.block_tokens
         stop = (request.num_tokens - 1) // self.block_tokens
-        if stop <= start or computed_tokens % self.block_tokens != 0:
+        if stop <= start:
             return 0
         return self.leader.match(self._sequence(request), start, stop) * self.block_tokens
 
@@ -158,64 +249,125 @@ class KvConnectorLeader:
     ) -> None:
         """Device blocks are allocated for a request; load `external_tokens` of the match into them.
 
-        The external range begins where the match began: vLLM asks again before it allocates.
+        The external range begins where the last match began, and ends with the last block. If this
+        fails, the request must still be reported as loaded, without a block of the range having
+        arrived: vLLM waits for it.
         """
-        sequence = self._sequence(request)
-        self.leader.set_device_blocks(sequence, block_ids)
-        if external_tokens > 0:
-            self.leader.load(sequence, sequence.matched_from, external_tokens // self.block_tokens)
-        else:
-            self.leader.drop_match(sequence)
+        blocks = -(-external_tokens // self.block_tokens)  # vLLM computes the rest of a block again
+        try:
+            sequence = self._sequence(request)
+            sequence.set_device_blocks(block_ids)
+            if blocks > 0:
+                self.leader.load(sequence, blocks)
+            else:
+                self.leader.drop_match(sequence)
+        except Exception:
+            if blocks > 0:
+                targets = [block for ids in block_ids for block in ids[-blocks:]]
+                self.leader.fail_load(request.request_id, targets)
+            raise
 
     def finished(self, request: "Request") -> bool:
         """The request is done; True while its device blocks must be kept."""
-        sequence = self.leader.sequences.get(request.request_id)
-        if sequence is None:
-            return False
-        self._sequence(request)  # the last tokens
-        hold = self.leader.finish(request.request_id, request.num_computed_tokens // self.block_tokens)
-        self._requests.pop(request.request_id, None)
-        self._chains.pop(request.request_id, None)
-        return hold
+        request_id = request.request_id
+        try:
+            if request_id not in self.leader.sequences:
+                return False
+            self._sequence(request)  # its last tokens
+            computed = request.num_computed_tokens // self.block_tokens
+            return self.leader.finish(request_id, computed)
+        except Exception:
+            self.leader.abandon(request_id)
+            raise
+        finally:
+            self._known.pop(request_id, None)
 
-    def loads_ended(self, request_ids: Iterable[str]) -> None:
-        """All workers have reported these loads."""
-        self.leader.loads_ended(request_ids)
+    def worker_output(self, output: "KVConnectorOutput") -> None:
+        """What all workers have reported."""
+        self.leader.loads_ended(output.finished_recving or (), compat.not_loaded(output))
+        if output.finished_sending:
+            self.leader.collect()
 
-    # ---- steps ------------------------------------------------------------------------------------------
+    # ---- steps -----------------------------------------------------------------------------------
     def build_step(self, output: "SchedulerOutput") -> StepMetadata:
-        """End of a scheduling step: store the blocks that it completes."""
-        self.leader.preempt(output.preempted_req_ids or ())
+        """End of a scheduling step: store the blocks that it completes.
+
+        The step's message goes to the workers whatever happens here: it says which copies to stop
+        and which loads to report.
+        """
+        for request_id in self.leader.storing():
+            self._per_request(request_id, self._note_preemption, request_id)
+        for request_id in output.preempted_req_ids or ():
+            self._per_request(request_id, self._note_preemption, request_id)
         for new in output.scheduled_new_reqs:
-            self._complete(new.req_id, new.num_computed_tokens, output)
+            self._per_request(
+                new.req_id,
+                self._runs,
+                new.req_id,
+                new.num_computed_tokens,
+                new.block_ids,
+                True,
+                output,
+            )
         cached = output.scheduled_cached_reqs
-        for index, request_id in enumerate(cached.req_ids):
-            sequence = self.leader.sequences.get(request_id)
-            if sequence is None:
-                continue
-            blocks = cached.new_block_ids[index]
-            if blocks is not None and request_id in cached.resumed_req_ids:
-                self.leader.set_device_blocks(sequence, blocks)
-            elif blocks is not None:
-                self.leader.add_device_blocks(sequence, blocks)
-            self._complete(request_id, cached.num_computed_tokens[index], output)
+        for request_id, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            again = request_id in cached.resumed_req_ids
+            self._per_request(request_id, self._runs, request_id, computed, blocks, again, output)
         return self.leader.build_step()
 
-    def _complete(self, request_id: str, computed_tokens: int, output: "SchedulerOutput") -> None:
-        """Store what a request has complete after this step.
+    def _per_request(self, request_id: str, call: Any, *arguments: Any) -> None:
+        """Call; an error costs the request its cache, and nothing else."""
+        try:
+            call(*arguments)
+        except Exception:
+            self.count_error()
+            self._known.pop(request_id, None)
+            self.leader.abandon(request_id)
+            logger.exception("request %s is not cached any more", request_id)
 
-        Its KV exists up to the tokens scheduled now; which tokens these are is known as far as its block hashes
-        go. Draft tokens of speculative decoding have no hashes until they are accepted.
+    def _note_preemption(self, request_id: str) -> None:
+        known = self._known.get(request_id)
+        if known is not None:
+            self._sequence(known.request)
+
+    def _runs(
+        self,
+        request_id: str,
+        computed_tokens: int,
+        blocks: Sequence[Sequence[int]] | None,
+        all_blocks: bool,
+        output: "SchedulerOutput",
+    ) -> None:
+        """A request runs in this step: note its device blocks, store what it completes.
+
+        Its KV exists up to the tokens scheduled now; which tokens these are is known as far as its
+        block hashes go. Draft tokens of speculative decoding have none until they are accepted.
         """
-        request = self._requests.get(request_id)
-        if request is None:
+        known = self._known.get(request_id)
+        if known is None:
             return
+        sequence = self._sequence(known.request)
+        if blocks is not None and all_blocks:
+            sequence.set_device_blocks(blocks)
+        elif blocks is not None:
+            sequence.add_device_blocks(blocks)
         upto = (computed_tokens + output.num_scheduled_tokens[request_id]) // self.block_tokens
-        self.leader.store(self._sequence(request), upto)
+        self.leader.store(sequence, upto)
+
+    @property
+    def holds_device_blocks(self) -> bool:
+        """Whether device blocks of finished requests become free when transfers end."""
+        return self.leader.holds_device_blocks
 
     def reset(self) -> None:
         """Make all cached content unreachable."""
         self.leader.reset()
+
+    def stats(self) -> KvbmStats | None:
+        """What moved since the last report."""
+        return self._stats.read(at_once=not self.leader.sequences)
 
     def count_error(self) -> None:
         """Count a hook that failed."""
@@ -232,6 +384,7 @@ class KvConnectorLeader:
 def request_keys(request: "Request") -> RequestKeys:
     """What changes the KV of a request besides its tokens."""
     lora = request.lora_request
+    embeds = request.prompt_embeds
     return RequestKeys(
         salt=request.cache_salt,
         lora_name=None if lora is None else lora.lora_name,
@@ -240,4 +393,12 @@ def request_keys(request: "Request") -> RequestKeys:
             MultimodalItem(f.identifier, f.mm_position.offset, f.mm_position.length)
             for f in request.mm_features or ()
         ),
+        prompt_embeds=None if embeds is None else embedding_bytes(embeds),
     )
+
+
+def embedding_bytes(embeds: Any) -> Any:
+    """Bytes of prompt embeddings, one row a token, whatever their type."""
+    import torch
+
+    return embeds.detach().cpu().contiguous().view(torch.uint8).numpy()

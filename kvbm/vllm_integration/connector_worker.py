@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker side of the vLLM connector: vLLM's KV cache tensors and hooks become calls of the worker."""
+"""Worker side of the vLLM connector: vLLM's KV tensors and hooks become calls of the worker."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ class KvConnectorWorker:
     def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> None:
         self.settings = settings_of(vllm_config)
         self.settings.require_a_tier()
-        check_model(vllm_config, kv_cache_config)
+        self._groups = check_model(vllm_config, kv_cache_config)
         parallel = vllm_config.parallel_config
         self.place = WorkerPlace(
             instance=instance_of(vllm_config, self.settings),
@@ -68,7 +68,10 @@ class KvConnectorWorker:
         at_exit(self, self.close)
         logger.info(
             "rank %d: %d blocks of %d bytes on the device, %d regions",
-            self.place.rank, blocks, geometries[0].bytes_per_block, len(geometries[0].regions),
+            self.place.rank,
+            blocks,
+            geometries[0].bytes_per_block,
+            len(geometries[0].regions),
         )
 
     def stop_copies(self, metadata: StepMetadata) -> None:
@@ -77,8 +80,9 @@ class KvConnectorWorker:
             self._worker.stop_copies(metadata)
 
     def bind(self, metadata: StepMetadata) -> None:
-        """A step begins."""
+        """Begin a step; nothing has been overwritten yet, so `stop_copies` is in time here too."""
         if self._worker is not None:
+            self._worker.stop_copies(metadata)
             self._worker.bind(metadata)
 
     def filled(self) -> None:
@@ -86,14 +90,22 @@ class KvConnectorWorker:
         if self._worker is not None:
             self._worker.filled()
 
-    def ended(self) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose stores, and whose loads, have ended; errors are kept for `take_load_errors`."""
+    def ended(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose stores, and whose loads, have ended, and those of the latter that failed.
+
+        With one KV-cache group a failed load is told by its device blocks (`take_load_errors`), so
+        that the blocks before the first missing one are used; with several, as a whole.
+        """
         if self._worker is None:
-            return None, None
+            return set(), set(), set()
         sent = self._worker.ended_stores()
-        received, failed = self._worker.ended_loads()
-        self._load_errors |= failed
-        return sent or None, received or None
+        received = self._worker.ended_loads()
+        missing = {request: blocks for request, blocks in received.items() if blocks}
+        if self._groups > 1:
+            return sent, set(received), set(missing)
+        for blocks in missing.values():
+            self._load_errors.update(blocks)
+        return sent, set(received), set()
 
     def take_load_errors(self) -> set[int]:
         """Device blocks that did not arrive, told once."""

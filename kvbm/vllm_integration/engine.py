@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 HYBRID_HELP = (
-    "pass --disable-hybrid-kv-cache-manager (LLM(disable_hybrid_kv_cache_manager=True)) to keep all layers as full "
-    "attention, or run this model without the connector"
+    "pass --disable-hybrid-kv-cache-manager (LLM(disable_hybrid_kv_cache_manager=True)) to keep "
+    "all layers as full attention, or run this model without the connector"
 )
 
 
@@ -45,7 +45,8 @@ def block_tokens_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig |
 def check_model(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> int:
     """Refuse what is not supported; returns the number of KV-cache groups.
 
-    All groups must be full attention with blocks of one size: then a block of each group holds the same tokens.
+    All groups must be full attention with blocks of one size: then a block of each group holds the
+    same tokens.
 
     Raises
     ------
@@ -64,20 +65,26 @@ def check_model(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | Non
     others = sorted(kind for kind in kinds if not _is_full_attention(kind))
     if others or len(sizes) > 1:
         raise ConfigError(
-            f"KV-cache groups of kind {', '.join(others) or 'full attention'} with block sizes {sorted(sizes)} are "
-            f"not supported: all groups must be full attention with one block size; {HYBRID_HELP}"
+            f"KV-cache groups of kind {', '.join(others) or 'full attention'} with block sizes "
+            f"{sorted(sizes)} are not supported: all groups must be full attention with one block "
+            f"size; {HYBRID_HELP}"
         )
     return max(1, len(kv_cache_config.kv_cache_groups))
 
 
 def _is_full_attention(kind: str) -> bool:
-    # UniformTypeKVCacheSpecs holds layers of one type whose blocks differ in size; MLA is full attention, too.
+    # UniformTypeKVCacheSpecs holds layers of one type whose blocks differ in size; MLA is full
+    # attention, too.
     return kind in {"FullAttentionSpec", "MLAAttentionSpec", "UniformTypeKVCacheSpecs"}
 
 
 def fingerprint_values(vllm_config: "VllmConfig", block_tokens: int) -> dict[str, Any]:
     """What of vLLM's configuration decides whether KV bytes can be reused."""
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    model, cache, parallel = (
+        vllm_config.model_config,
+        vllm_config.cache_config,
+        vllm_config.parallel_config,
+    )
     return {
         "engine": f"vllm {vllm.__version__}",
         "model": str(model.model),
@@ -95,7 +102,8 @@ def fingerprint_values(vllm_config: "VllmConfig", block_tokens: int) -> dict[str
 def at_exit(owner: object, close: Callable[[], None]) -> None:
     """Call a bound method when the process ends, however it was started.
 
-    Children of `multiprocessing` end without running `atexit`, but run the finalizers of their own module.
+    Children of `multiprocessing` end without running `atexit`, but run the finalizers of their own
+    module.
     """
     method = weakref.WeakMethod(close)
 

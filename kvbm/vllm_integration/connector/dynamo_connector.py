@@ -3,13 +3,17 @@
 
 Scheduler side (one process, with the scheduler):
     get_num_new_matched_tokens  update_state_after_alloc  build_connector_meta  request_finished
-    update_connector_output  reset_cache  shutdown
+    update_connector_output  has_pending_block_frees  get_kv_connector_stats  reset_cache  shutdown
 Worker side (one process a rank):
-    register_kv_caches  handle_preemptions  bind_connector_metadata  start_load_kv  wait_for_layer_load
-    save_kv_layer  wait_for_save  get_finished  get_block_ids_with_load_errors  shutdown
+    register_kv_caches  handle_preemptions  bind_connector_metadata  start_load_kv
+    wait_for_layer_load  save_kv_layer  wait_for_save  get_finished  get_transfer_results
+    get_block_ids_with_load_errors  get_kv_connector_stats  shutdown
+Without an instance (any process):
+    build_kv_connector_stats  build_prom_metrics  supports_sleep_mode
 
-Written against vLLM 0.32. Anything that a hook raises would end the engine, so after the start no hook raises: a
-surprise costs the request its cache, one line in the log and a count (`guarded`).
+docs/vllm.md has the table of all of vLLM's methods. Anything that a hook raises would end the
+engine, so after the start no hook raises: a surprise costs the request its cache, one line in the
+log and a count (`guarded`).
 """
 
 import functools
@@ -25,8 +29,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvbm.step import StepMetadata
+from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.connector_leader import KvConnectorLeader
 from kvbm.vllm_integration.connector_worker import KvConnectorWorker
+from kvbm.vllm_integration.stats import KvbmPromMetrics, KvbmStats
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +50,7 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def guarded(fallback: Callable[[], Any]) -> Callable[[Hook], Hook]:
-    """Make a hook return `fallback()` instead of raising; the first error of each hook is logged in full."""
+    """Make a hook return `fallback()` instead of raising; its first error is logged in full."""
 
     def wrap(hook: Hook) -> Hook:
         reported = False
@@ -57,7 +63,9 @@ def guarded(fallback: Callable[[], Any]) -> Callable[[Hook], Hook]:
             except Exception:
                 if not reported:
                     reported = True
-                    logger.exception("%s failed; the engine goes on without the cache here", hook.__name__)
+                    logger.exception(
+                        "%s failed; the engine goes on without the cache here", hook.__name__
+                    )
                 self.count_error()
                 return fallback()
 
@@ -73,7 +81,7 @@ class DynamoConnectorMetadata(KVConnectorMetadata):
     step: StepMetadata = field(default_factory=StepMetadata)
 
 
-class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class DynamoConnector(KVConnectorBase_V1):
     """Keeps the KV blocks of past prompts in host memory and brings them back.
 
     Parameters
@@ -91,8 +99,13 @@ class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
         No tier is configured, or a setting is wrong.
     """
 
+    _cache_hit_source = compat.host_hit_source()
+
     def __init__(
-        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig | None" = None
+        self,
+        vllm_config: "VllmConfig",
+        role: KVConnectorRole,
+        kv_cache_config: "KVCacheConfig | None" = None,
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._leader: KvConnectorLeader | None = None
@@ -112,9 +125,11 @@ class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """A cache may lose a block at any time: nobody waits for its stores."""
         return False
 
-    # ---- scheduler side ---------------------------------------------------------------------------------
+    # ---- scheduler side --------------------------------------------------------------------------
     @guarded(lambda: (0, False))
-    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         """Tokens beyond `num_computed_tokens` that can be loaded; loading is asynchronous."""
         assert self._leader is not None
         tokens = self._leader.match(request, num_computed_tokens)
@@ -144,9 +159,14 @@ class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     @guarded(lambda: None)
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """Loads that all workers have reported."""
+        """Loads and stores that all workers have reported."""
         assert self._leader is not None
-        self._leader.loads_ended(connector_output.finished_recving or ())
+        self._leader.worker_output(connector_output)
+
+    @guarded(lambda: False)
+    def has_pending_block_frees(self) -> bool:
+        """Whether blocks become free when copies end: vLLM then waits instead of preempting."""
+        return self._leader is not None and self._leader.holds_device_blocks
 
     @guarded(lambda: False)
     def reset_cache(self) -> bool | None:
@@ -155,7 +175,7 @@ class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._leader.reset()
         return True
 
-    # ---- worker side ------------------------------------------------------------------------------------
+    # ---- worker side -----------------------------------------------------------------------------
     def register_kv_caches(self, kv_caches: dict[str, "torch.Tensor"]) -> None:
         """The KV cache is allocated: find its geometry, make the arena, start the copy thread.
 
@@ -201,6 +221,20 @@ class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose stores, and whose loads, have ended on this rank."""
         assert self._worker is not None
+        sent, received, _ = self._worker.ended()
+        return sent or None, received or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Return the same as `KVConnectorTransferResults`, asked for by vLLM 0.30 and later.
+
+        With several KV-cache groups a load fails as a whole: device blocks do not tell the group.
+        """
+        sent, received, failed = self._transfers(finished_req_ids)
+        return compat.transfer_results(sent, received, failed)
+
+    @guarded(lambda: (set(), set(), set()))
+    def _transfers(self, finished_req_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
+        assert self._worker is not None
         return self._worker.ended()
 
     @guarded(set)
@@ -209,7 +243,36 @@ class DynamoConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert self._worker is not None
         return self._worker.take_load_errors()
 
-    # ---- both -------------------------------------------------------------------------------------------
+    @guarded(lambda: None)
+    def get_kv_connector_stats(self) -> KvbmStats | None:
+        """What moved since the last call; the scheduler side reads the counters of all ranks."""
+        if self._leader is not None:
+            return self._leader.stats()
+        return KvbmStats() if compat.STATS_NEED_A_WORKER else None
+
+    # ---- without an instance ---------------------------------------------------------------------
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats | None:
+        """Statistics as they arrive at the front end."""
+        return KvbmStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KvbmPromMetrics:
+        """Prometheus counters of the front end."""
+        return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Return False: the KV cache must stay where it was registered (asked for from 0.33 on)."""
+        return False
+
+    # ---- both ------------------------------------------------------------------------------------
     @guarded(lambda: None)
     def shutdown(self) -> None:
         """Stop threads, detach, remove what is private."""

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a leader knows about a request from its arrival to the end of its last transfer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from kvbm._fast.keys import Keys
+from kvbm.instance import engine_key
+
+
+@dataclass(eq=False)
+class GroupBlocks:
+    """One KV-cache group of a sequence: where its blocks are, and how far they are in the cache.
+
+    Attributes
+    ----------
+    keys : Keys
+        Digests of the sequence's complete blocks in this group.
+    device_blocks : list of int
+        Device block of each block, from block 0.
+    stored : int
+        Blocks from the start that were found in the cache or submitted to it.
+    parent : int or None
+        Reference to block `stored - 1`.
+    matched : int or None
+        Reference to the deepest matched block, held until the load has ended or the match is
+        dropped.
+    """
+
+    keys: Keys
+    device_blocks: list[int] = field(default_factory=list)
+    stored: int = 0
+    parent: int | None = None
+    matched: int | None = None
+
+    def look_again(self) -> None:
+        """Make the next store find out anew what is in the cache."""
+        self.stored, self.parent = 0, None
+
+
+@dataclass(eq=False)
+class TrackedSequence:
+    """A request between its arrival and the end of its last transfer.
+
+    Attributes
+    ----------
+    request_id : str
+        The engine's name for it.
+    groups : list of GroupBlocks
+        One a KV-cache group.
+    matched_from, matched_count, matched_step : int
+        Last match: first block, blocks (0 when nothing is held), step in which it was made.
+    loading : bool
+        The engine waits for a load; its device blocks are not to be read.
+    loads, stores : list of int
+        Handles of operations that have not been collected.
+    load_failed : bool
+        A load of it failed: it is recomputed, and not matched again before its next admission.
+    stale : bool
+        Its device blocks must not be stored: what they hold is from before a reset, or unknown.
+    failed_stores : int
+        Stores of it that did not arrive.
+    finished : bool
+        The engine is done with it.
+    """
+
+    request_id: str
+    groups: list[GroupBlocks]
+    matched_from: int = 0
+    matched_count: int = 0
+    matched_step: int = 0
+    loading: bool = False
+    loads: list[int] = field(default_factory=list)
+    stores: list[int] = field(default_factory=list)
+    load_failed: bool = False
+    stale: bool = False
+    failed_stores: int = 0
+    finished: bool = False
+
+    @cached_property
+    def request_key(self) -> int:
+        """64-bit hash of the request id, as operations carry it."""
+        return engine_key(self.request_id)
+
+    def look_again(self) -> None:
+        """Make the next store find out anew what is in the cache."""
+        for group in self.groups:
+            group.look_again()
+
+    def set_device_blocks(self, blocks: Sequence[Sequence[int]]) -> None:
+        """All device blocks, one list a group, replacing what was known."""
+        for group, ids in zip(self.groups, blocks, strict=True):
+            group.device_blocks = list(ids)
+
+    def add_device_blocks(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Device blocks that the sequence got in addition, one list a group."""
+        for group, ids in zip(self.groups, blocks, strict=True):
+            group.device_blocks.extend(ids)
+
+    def new_admission(self) -> None:
+        """Forget the device blocks: they belong to others from now on."""
+        for group in self.groups:
+            group.device_blocks = []
+            group.look_again()
+        self.stale = self.load_failed = False

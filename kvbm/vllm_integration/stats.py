@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kvbm's counters in vLLM's own statistics: its log line and its `/metrics`.
+
+The counters are in the segment, so the scheduler side can read those of all ranks; what it gives to
+vLLM is how far they moved. vLLM hands that to its front end, which logs `reduce()` every ten
+seconds and calls `KvbmPromMetrics.observe`. The first three names are those of Dynamo's KVBM.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from kvbm._fast.segment import Segment
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+REPORT_SECS = 0.1
+"""Least time between two reports of a busy engine."""
+
+METRICS: dict[str, tuple[str, float, str]] = {
+    "kvbm_matched_tokens": ("matched_tokens", 1.0, "Tokens found in the cache and loaded."),
+    "kvbm_offload_blocks_d2h": ("blocks_stored", 1.0, "Blocks copied from device to host."),
+    "kvbm_onboard_blocks_h2d": ("blocks_loaded", 1.0, "Blocks copied from host to device."),
+    "kvbm_lookup_blocks": ("lookup_blocks", 1.0, "Blocks looked up beyond the device's prefix."),
+    "kvbm_matched_blocks": ("matched_blocks", 1.0, "Blocks of these that were found."),
+    "kvbm_evicted_blocks": ("evicted", 1.0, "Blocks evicted from the cache."),
+    "kvbm_offload_bytes": ("bytes_stored", 1.0, "Bytes copied from device to host."),
+    "kvbm_onboard_bytes": ("bytes_loaded", 1.0, "Bytes copied from host to device."),
+    "kvbm_offload_seconds": ("store_ns", 1e-9, "Time spent copying from device to host."),
+    "kvbm_onboard_seconds": ("load_ns", 1e-9, "Time spent copying from host to device."),
+    "kvbm_offload_failures": ("stores_failed", 1.0, "Transfers to the host that failed."),
+    "kvbm_onboard_failures": ("loads_failed", 1.0, "Transfers to the device that failed."),
+    "kvbm_skipped_no_slot": ("skipped_no_slot", 1.0, "Blocks not stored: nothing to evict."),
+    "kvbm_skipped_no_operation": (
+        "skipped_no_operation",
+        1.0,
+        "Transfers not begun: too many in flight.",
+    ),
+    "kvbm_errors": ("errors", 1.0, "Surprises that cost a request its cache."),
+}
+"""Metric: counter of the segment, factor, meaning."""
+
+
+class KvbmStats(KVConnectorStats):
+    """How far the counters moved; `data` maps names of the segment's counters to numbers."""
+
+    def reset(self) -> None:
+        """Begin at zero."""
+        self.data: dict[str, int] = {}
+
+    def is_empty(self) -> bool:
+        """Return whether nothing moved."""
+        return not any(self.data.values())
+
+    def aggregate(self, other: KVConnectorStats) -> "KvbmStats":
+        """Add what another process or a later moment reported."""
+        for name, value in other.data.items():
+            self.data[name] = self.data.get(name, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """What the log line shows: blocks, hit rate, throughput of copies."""
+        data = self.data
+        shown: dict[str, int | float] = {
+            "blocks stored": data.get("blocks_stored", 0),
+            "blocks loaded": data.get("blocks_loaded", 0),
+            "blocks evicted": data.get("evicted", 0),
+        }
+        if data.get("lookup_blocks"):
+            rate = data.get("matched_blocks", 0) / data["lookup_blocks"]
+            shown["hit rate of look-ups"] = round(rate, 3)
+        for what, bytes_name, ns_name in (
+            ("stored GB/s", "bytes_stored", "store_ns"),
+            ("loaded GB/s", "bytes_loaded", "load_ns"),
+        ):
+            if data.get(ns_name):
+                shown[what] = round(data.get(bytes_name, 0) / data[ns_name], 2)
+        for name in ("stores_failed", "loads_failed", "errors"):
+            if data.get(name):
+                shown[name.replace("_", " ")] = data[name]
+        return shown
+
+
+class StatsReader:
+    """Reads the counters of a segment as differences.
+
+    Parameters
+    ----------
+    segment : Segment
+        Attached.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._names = sorted({counter for counter, _, _ in METRICS.values()})
+        self._last = self._counters()
+        self._at = 0.0
+
+    def _counters(self) -> dict[str, int]:
+        counters = self._segment.counters()
+        return {name: counters[name] for name in self._names}
+
+    def read(self, at_once: bool) -> KvbmStats | None:
+        """What moved since the last report; None if nothing did, or that was just now.
+
+        Parameters
+        ----------
+        at_once : bool
+            Report however short ago the last one was: no step may follow soon.
+        """
+        now = time.monotonic()
+        if not at_once and now - self._at < REPORT_SECS:
+            return None
+        counters = self._counters()
+        moved = {name: counters[name] - self._last[name] for name in self._names}
+        moved = {name: value for name, value in moved.items() if value > 0}
+        if not moved:
+            return None
+        self._at, self._last = now, counters
+        return KvbmStats(data=moved)
+
+
+class KvbmPromMetrics(KVConnectorPromMetrics):
+    """Counters `kvbm_*` in vLLM's Prometheus registry, labelled as vLLM's own.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+        Configuration of the engine.
+    metric_types : dict
+        Classes to use for counters and so on.
+    labelnames : list of str
+        Labels of vLLM's metrics.
+    per_engine_labelvalues : dict of int to list
+        Their values, by engine.
+    """
+
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter = metric_types[Counter]
+        self._counters: dict[str, dict[int, Any]] = {}
+        for name, (_, _, meaning) in METRICS.items():
+            metric = counter(name=name, documentation=meaning, labelnames=labelnames)
+            self._counters[name] = {
+                engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
+            }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Count what a `KvbmStats.data` says."""
+        for name, (source, factor, _) in METRICS.items():
+            moved = transfer_stats_data.get(source, 0)
+            if moved > 0:
+                self._counters[name][engine_idx].inc(moved * factor)
