@@ -382,16 +382,31 @@ cdef class BlockTable:
         structure_exit(self.view)
         return registered
 
-    def abandon_reserved(self, refs: list[int]) -> None:
-        """Give reserved blocks and their slots back; for bytes that did not arrive."""
+    def abandon_reserved(self, refs: list[int]) -> bool:
+        """Give reserved blocks and their slots back; for bytes that did not arrive.
+
+        Blocks that are registered already are left as they are. False, with nothing done, while a
+        recovery is under way: call again.
+        """
         cdef uint64_t ref
         self.segment.check_open()
-        if not structure_enter(self.view):
-            return
         for ref in refs:
             self.check_ref(ref)
+        if not structure_enter(self.view):
+            return False
+        for ref in refs:
             self.abandon(<uint32_t>ref, <uint32_t>(ref >> 32))
         structure_exit(self.view)
+        return True
+
+    def digest_of(self, ref: int) -> bytes:
+        """Digest of a held block as it is stored: 16 bytes, group and key epoch mixed in."""
+        cdef uint64_t pair[2]
+        self.segment.check_open()
+        self.check_ref(ref)
+        pair[0] = kv_u64_load_acquire(&self.view.blocks[<uint32_t>(ref & 0xFFFFFFFF)].digest_lo)
+        pair[1] = kv_u64_load_acquire(&self.view.blocks[<uint32_t>(ref & 0xFFFFFFFF)].digest_hi)
+        return (<char *>pair)[:16]
 
     def slots_of(self, ref: int, count: int) -> list[int]:
         """Host slots of a held block and its ancestors, `count` in all, shallowest first.
