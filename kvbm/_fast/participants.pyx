@@ -64,6 +64,13 @@ def line_is_alive(Segment segment not None, line: int) -> bool:
     return line == segment.view.self or lock_held_by_other(segment.fd, line_lock(line)) == 1
 
 
+cdef int check_without_line(Segment segment) except -1:
+    segment.check_writable()
+    if segment.view.self != KV_NONE:
+        raise SegmentFault("full", f"this attachment to {segment.name} already has a line")
+    return 0
+
+
 def claim_leader(Segment segment not None, engine_key: int) -> int:
     """Become a leader: take the first leader slot whose own and whose workers' lines are unused.
 
@@ -81,9 +88,7 @@ def claim_leader(Segment segment not None, engine_key: int) -> int:
         All leader slots are taken ("full").
     """
     cdef uint32_t leader
-    segment.check_open()
-    if segment.view.self != KV_NONE:
-        raise SegmentFault("full", f"this attachment to {segment.name} already has a line")
+    check_without_line(segment)
     for leader in range(KV_LEADERS):
         if not workers_are_gone(segment, leader) or not take_line(segment, leader):
             continue
@@ -104,7 +109,7 @@ def claim_worker(Segment segment not None, leader: int, rank: int) -> None:
     SegmentFault
         Another process is that rank ("full").
     """
-    segment.check_open()
+    check_without_line(segment)
     if not 0 <= leader < KV_LEADERS or not 0 <= rank < segment.view.shape.ranks:
         raise IndexError(
             f"leader {leader} rank {rank} is outside {KV_LEADERS} x {segment.view.shape.ranks}")

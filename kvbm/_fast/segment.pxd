@@ -15,6 +15,7 @@ cdef class Segment:
     cdef object __weakref__
 
     cdef int check_open(self) except -1
+    cdef int check_writable(self) except -1
     cdef int map_file(self, int fd, size_t size, bint writable) except -1
 
 

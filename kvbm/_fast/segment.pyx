@@ -180,6 +180,7 @@ cdef class Segment:
     def __cinit__(self):
         self.fd = -1
         self.base = NULL
+        self.view.self = self.view.leader = KV_NONE
         self.owner_pid = os.getpid()
 
     cdef int map_file(self, int fd, size_t size, bint writable) except -1:
@@ -336,6 +337,12 @@ cdef class Segment:
                                f"segment {self.name} was mapped before a fork; attach again")
         return 0
 
+    cdef int check_writable(self) except -1:
+        self.check_open()
+        if not self.writable:
+            raise PermissionError(f"segment {self.name} is attached for reading only")
+        return 0
+
     # ---- identity --------------------------------------------------------------------------------
     @property
     def shape(self) -> Shape:
@@ -422,7 +429,7 @@ cdef class Segment:
 
         Another engine's worker of the same rank may have reserved more of the same arena already.
         """
-        self.check_open()
+        self.check_writable()
         if not 0 <= rank < self.view.shape.ranks or not 0 <= count <= self.view.shape.host_slots:
             raise IndexError(f"rank {rank}, count {count} is out of bounds")
         if <uint32_t>count > kv_u32_load_acquire(&self.view.header.ready_slots[rank]):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small segments for tests: made under a name of their own, and proven idle when they are removed."""
+"""Small segments for tests, under names of their own; proven idle before they are removed."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import posix_ipc
@@ -26,7 +28,7 @@ def unique_name() -> str:
 
 
 def digests(count: int, seed: object = 0) -> list[bytes]:
-    """Return a chain of block hashes: 32 bytes each, as the engine's are; the same seed, the same."""
+    """Return a chain of block hashes of 32 bytes, as the engine makes them, from a seed."""
     return [hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=32).digest() for i in range(count)]
 
 
@@ -115,3 +117,18 @@ def instance(
     if index_buckets is not None:
         shape = shape._replace(index_buckets=index_buckets)
     return Instance(shape)
+
+
+def run_in_fork(check: Callable[[], object]) -> None:
+    """Run `check` in a forked child; fail if it fails there."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            check()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
