@@ -102,6 +102,24 @@ cdef int copy_rows(const kv_copier *copier, int direction, const void *rows, siz
                    kv_should_stop should_stop, void *argument,
                    kv_copy_result *result) noexcept nogil
 
+# The parts of copy_rows, for backends that move the bytes in another way and later.
+#
+# form_run     the longest run from row `first` on; its digests point into `digests`
+# mark_*       a store's slot headers before the first and after the last byte
+# check_*      a load's slot headers before and after; `done` counts the rows that are right
+# slot_piece   address of a slot's piece of a region
+cdef int form_run(const kv_copier *copier, const uint8_t *rows, size_t row_stride,
+                  const uint64_t *digests, uint32_t first, uint32_t count,
+                  kv_copy_run *run) noexcept nogil
+cdef void mark_filling(const kv_copier *copier, const kv_copy_run *run) noexcept nogil
+cdef void mark_valid(const kv_copier *copier, const kv_copy_run *run,
+                     uint32_t flags) noexcept nogil
+cdef int check_before(const kv_copier *copier, kv_copy_run *run, uint32_t flags) noexcept nogil
+cdef int check_after(const kv_copier *copier, const kv_copy_run *run, uint32_t flags,
+                     uint32_t *done) noexcept nogil
+cdef uint8_t *slot_piece(const kv_arena *arena, const kv_region *region,
+                         uint32_t slot) noexcept nogil
+
 
 cdef class HostCopier:
     cdef kv_copier copier        # what copy_rows takes; valid as long as this object lives

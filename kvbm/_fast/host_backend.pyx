@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between a KV cache in host memory and the arena: the reference backend, which runs everywhere."""
+"""Copies between a KV cache in host memory and the arena: the reference backend.
+
+It runs everywhere, and copies on the calling thread: an operation has ended when `submit` returns.
+"""
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -54,15 +57,16 @@ cdef class HostBackend(CopyBackend):
         for copier in self.copiers:
             copier.usable_slots = count
 
-    cdef int copy(self, const kv_operation *op, const uint64_t *digests, StopCheck should_stop, void *context,
-                  uint32_t *failed_row) noexcept nogil:
+    cdef int submit(self, uint32_t place, const kv_operation *op, const uint64_t *digests,
+                    StopCheck should_stop, void *context, uint32_t *failed_row) noexcept nogil:
         cdef kv_copy_result result
         cdef int status
         failed_row[0] = 0
         if op.group >= self.group_count:
             return COPY_FAILED
-        status = copy_rows(self.groups[op.group], KV_COPY_STORE if op.kind == KV_STORE else KV_COPY_LOAD, op.rows,
-                           sizeof(kv_row), digests, op.row_count, self.flags, should_stop, context, &result)
+        status = copy_rows(
+            self.groups[op.group], KV_COPY_STORE if op.kind == KV_STORE else KV_COPY_LOAD, op.rows,
+            sizeof(kv_row), digests, op.row_count, self.flags, should_stop, context, &result)
         failed_row[0] = result.row
         if status == KV_COPY_OK:
             return COPY_DONE

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvbm._fast.atomics cimport kv_au32
+from kvbm._fast.atomics cimport kv_au32, kv_au64
 from kvbm._fast.backend cimport CopyBackend
 from kvbm._fast.layout cimport kv_operation, kv_view
 from kvbm._fast.segment cimport Segment
 
 
-cdef struct Waiting:              # operations popped from the ring that may not run yet, oldest first
+cdef struct Waiting:              # popped from the ring, may not run yet; oldest first
     uint64_t entries[128]
     uint32_t count
+
+
+cdef struct Flight:               # an operation under way; its number is the backend's place
+    kv_au64 submitted             # entry + 1 from the end of its submission to its end, else 0
+    uint64_t entry
+    uint64_t began_ns
+    bint busy
 
 
 cdef class WorkerLoop:
@@ -21,11 +28,21 @@ cdef class WorkerLoop:
     cdef kv_au32 stopping         # process-private
     cdef Waiting loads
     cdef Waiting stores
-    cdef uint64_t digests[256]    # of the rows of the operation that is being copied
+    cdef Flight flights[16]
+    cdef uint32_t busy            # flights under way
+    cdef bint left                # the backend has given up, and so has this worker
+    cdef uint64_t digests[256]    # of the rows of the operation that is being submitted
 
     cdef void drain_ring(self) noexcept nogil
     cdef bint next_runnable(self, Waiting *waiting, uint64_t step, uint64_t *entry) noexcept nogil
-    cdef void run_operation(self, uint64_t entry) noexcept nogil
-    cdef bint rows_are_valid(self, const kv_operation *op, uint32_t *bad_row) noexcept nogil
+    cdef bint start_next(self, Waiting *waiting, uint32_t first, uint64_t step) noexcept nogil
+    cdef void start(self, uint64_t entry, uint32_t place) noexcept nogil
+    cdef bint end_flights(self) noexcept nogil
+    cdef void leave(self) noexcept nogil
+    cdef void finish(self, kv_operation *op, uint32_t generation, int status, uint32_t failed_row,
+                     uint64_t began_ns) noexcept nogil
+    cdef bint rows_are_valid(self, const kv_operation *op, bint with_digests,
+                             uint32_t *bad_row) noexcept nogil
     cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil
     cdef kv_operation *operation_of(self, uint64_t handle, uint64_t *word) except? NULL
+    cdef bint engine_follows(self, uint64_t handle, uint64_t stream) noexcept nogil

@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's copy thread: operations from its ring, in order, after the forward pass they depend on.
+"""A worker's copy thread: operations from its ring, each after the forward pass it depends on.
 
-Ordering against the engine. The engine thread of the worker publishes two step numbers in its participant line:
-`step_bound`, the last step whose metadata it has received, and `step_filled`, the last step whose forward pass
-has written its KV blocks. The metadata of step s arrives after all forward passes before s, so binding s also means
-that s - 1 is filled.
+Ordering against the engine. The engine thread of the worker publishes two step numbers in its
+participant line: `step_bound`, the last step whose metadata it has received, and `step_filled`, the
+last step whose forward pass has written its KV blocks. The metadata of step s arrives after all
+forward passes before s, so binding s also means that s - 1 is filled.
 
-    a load of step s runs once step_bound >= s      (its target blocks belonged to nobody else since s was made)
-    a store of step s runs once step_filled >= s    (its source blocks are complete)
+    a load of step s runs once step_bound >= s    (its targets belonged to nobody else since then)
+    a store of step s runs once step_filled >= s  (its source blocks are complete)
 
-Loads go first: a request waits for them. The engine's thread never waits for this one, with one exception:
-`cancel_and_wait`, for device blocks that are about to be overwritten (preemption), which lasts as long as the copy
-of one block at most.
+Where the engine's forward pass is work on a stream that has only been enqueued at these moments,
+the backend marks the place in the stream, and the copies wait for it there (`step_bound` and
+`step_filled` of the backend, called first).
 
-Each row is checked against the block table before and after the copy: the block must be in the state and of the
-generation that the row names (PARTIAL for a store, REGISTERED for a load). A row that does not pass fails the
-operation, so wrong bytes are neither published nor used.
+Loads and stores are two queues, each in order; loads go first, a request waits for them. A backend
+may have several operations of each under way; they end in any order. The engine's thread never
+waits for this one, with one exception: `cancel_and_wait`, for device blocks that are about to be
+overwritten (preemption). It lasts as long as the copy of one run of blocks at most, or, if the
+engine's stream can be made to wait for the copies instead, as long as their submission.
+
+Each row is checked against the block table before and after the copy: the block must be in the
+state and of the generation that the row names (PARTIAL for a store, REGISTERED for a load). A row
+that does not pass fails the operation, so wrong bytes are neither published nor used.
+
+A backend that has given up (`is_off`) fails all operations; the loop then drops the lock on its
+line, so that the leader takes this worker for dead.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memmove
@@ -29,7 +38,14 @@ from kvbm._fast.atomics cimport (
     kv_u64_store_relaxed,
     kv_u64_store_release,
 )
-from kvbm._fast.backend cimport COPY_DONE, CopyBackend
+from kvbm._fast.backend cimport (
+    COPY_DONE,
+    COPY_FAILED,
+    COPY_RUNNING,
+    DEPTH_MAX,
+    PLACES,
+    CopyBackend,
+)
 from kvbm._fast.blocks cimport monotonic_ns
 from kvbm._fast.layout cimport (
     KV_C_BYTES_LOADED,
@@ -45,7 +61,6 @@ from kvbm._fast.layout cimport (
     KV_PARTIAL,
     KV_RANK_DONE,
     KV_RANK_FAILED,
-    KV_RANK_RUNNING,
     KV_RANKS,
     KV_REGISTERED,
     KV_ROWS,
@@ -57,10 +72,12 @@ from kvbm._fast.layout cimport (
     kv_op_state,
     kv_operation,
     kv_operation_at,
-    kv_view,
+    kv_participant,
+    kv_row,
     kv_word_generation,
     kv_word_state,
 )
+from kvbm._fast.locks cimport lock_drop
 from kvbm._fast.operations cimport (
     MUST_PUBLISH,
     doorbell_read,
@@ -73,10 +90,11 @@ from kvbm._fast.operations cimport (
     operation_publish,
     ring_pop,
 )
-from kvbm._fast.segment cimport Segment
+from kvbm._fast.segment cimport Segment, line_lock
 
 cdef enum:
     IDLE_WAIT_NS = 100000000   # the loop looks at its stop flag at least ten times a second
+    POLL_NS = 20000            # between two looks at copies under way: 1 MiB on the bus
 
 
 cdef struct StopContext:
@@ -111,31 +129,54 @@ cdef class WorkerLoop:
         self.line = segment.view.self
         self.rank = (self.line - KV_LEADERS) % KV_RANKS
 
-    # ---- copy thread ----------------------------------------------------------------------------------------
+    # ---- copy thread -----------------------------------------------------------------------------
     def run(self) -> None:
-        """Copy until `stop`; releases the GIL. Called by one thread."""
-        cdef uint64_t entry
+        """Copy until `stop`; releases the GIL. Called by one thread.
+
+        Returns when the copies under way at `stop` have ended, so that memory can be unmapped.
+        """
+        cdef kv_participant *me = &self.view.participants[self.line]
         cdef uint32_t seen
+        cdef bint worked, stopping
         self.segment.check_open()
         with nogil:
-            while not kv_u32_load_acquire(&self.stopping):
-                # The doorbell is read first: whoever rings after this makes the wait below return at once.
+            while True:
+                stopping = kv_u32_load_acquire(&self.stopping) != 0
+                # The doorbell is read first: whoever rings after this makes the wait below return
+                # at once.
                 seen = doorbell_read(self.view, self.view.leader, self.rank)
                 self.drain_ring()
-                if (self.next_runnable(&self.loads,
-                                       kv_u64_load_acquire(&self.view.participants[self.line].step_bound), &entry)
-                        or self.next_runnable(
-                            &self.stores,
-                            kv_u64_load_acquire(&self.view.participants[self.line].step_filled), &entry)):
-                    self.run_operation(entry)
-                    continue
-                doorbell_wait(self.view, self.view.leader, self.rank, seen, IDLE_WAIT_NS)
+                worked = self.end_flights()
+                if stopping and self.busy == 0:
+                    break
+                if self.backend.is_off() and self.busy == 0 and not self.left:
+                    self.leave()
+                if not stopping:
+                    worked |= (self.start_next(&self.loads, 0, kv_u64_load_acquire(&me.step_bound))
+                               or self.start_next(&self.stores, DEPTH_MAX,
+                                                  kv_u64_load_acquire(&me.step_filled)))
+                if not worked:
+                    doorbell_wait(self.view, self.view.leader, self.rank, seen,
+                                  POLL_NS if self.busy else IDLE_WAIT_NS)
+
+    cdef bint start_next(self, Waiting *waiting, uint32_t first, uint64_t step) noexcept nogil:
+        """Start the oldest operation of a queue if it may run and the backend has a place."""
+        cdef uint64_t entry
+        cdef uint32_t place
+        for place in range(first, first + self.backend.depth):
+            if not self.flights[place].busy:
+                if not self.next_runnable(waiting, step, &entry):
+                    return False
+                self.start(entry, place)
+                return True
+        return False
 
     cdef void drain_ring(self) noexcept nogil:
         cdef uint64_t entry
         cdef kv_operation *op
         cdef Waiting *waiting
-        while self.loads.count < KV_OPERATIONS_PER_LEADER and self.stores.count < KV_OPERATIONS_PER_LEADER:
+        while (self.loads.count < KV_OPERATIONS_PER_LEADER
+                and self.stores.count < KV_OPERATIONS_PER_LEADER):
             if not ring_pop(self.view, self.rank, &entry):
                 return
             if <uint32_t>entry >= KV_OPERATIONS_PER_LEADER:
@@ -146,59 +187,120 @@ cdef class WorkerLoop:
             waiting.count += 1
 
     cdef bint next_runnable(self, Waiting *waiting, uint64_t step, uint64_t *entry) noexcept nogil:
-        """Take the oldest waiting operation if its step has come, or if it is not to be run any more."""
+        """Take the oldest waiting operation if its step has come or it is not to run any more."""
         cdef kv_operation *op
+        cdef uint64_t word
         if waiting.count == 0:
             return False
         op = kv_operation_at(self.view, self.view.leader, <uint32_t>waiting.entries[0])
+        word = kv_u64_load_acquire(&op.word)
         if (op.step > step
-                and kv_op_generation(kv_u64_load_acquire(&op.word)) == <uint32_t>(waiting.entries[0] >> 32)
-                and kv_op_rank(kv_u64_load_acquire(&op.word), self.rank) < KV_RANK_DONE):
+                and kv_op_generation(word) == <uint32_t>(waiting.entries[0] >> 32)
+                and kv_op_rank(word, self.rank) < KV_RANK_DONE):
             return False
         entry[0] = waiting.entries[0]
         waiting.count -= 1
         memmove(waiting.entries, waiting.entries + 1, waiting.count * sizeof(uint64_t))
         return True
 
-    cdef bint rows_are_valid(self, const kv_operation *op, uint32_t *bad_row) noexcept nogil:
+    cdef bint rows_are_valid(self, const kv_operation *op, bint with_digests,
+                             uint32_t *bad_row) noexcept nogil:
         cdef uint32_t i, wanted = KV_PARTIAL if op.kind == KV_STORE else KV_REGISTERED
+        cdef const kv_row *row
         cdef kv_block *b
         cdef uint64_t word
         for i in range(op.row_count):
             bad_row[0] = i
-            if op.rows[i].block >= self.view.shape.block_capacity or op.rows[i].slot >= self.view.shape.host_slots:
+            row = &op.rows[i]
+            if (row.block >= self.view.shape.block_capacity
+                    or row.slot >= self.view.shape.host_slots):
                 return False
-            b = &self.view.blocks[op.rows[i].block]
+            b = &self.view.blocks[row.block]
             word = kv_u64_load_acquire(&b.word)
-            if kv_word_state(word) != wanted or kv_word_generation(word) != op.rows[i].generation:
+            if kv_word_state(word) != wanted or kv_word_generation(word) != row.generation:
                 return False
-            self.digests[2 * i] = kv_u64_load_acquire(&b.digest_lo)
-            self.digests[2 * i + 1] = kv_u64_load_acquire(&b.digest_hi)
+            if with_digests:
+                self.digests[2 * i] = kv_u64_load_acquire(&b.digest_lo)
+                self.digests[2 * i + 1] = kv_u64_load_acquire(&b.digest_hi)
         return True
 
-    cdef void run_operation(self, uint64_t entry) noexcept nogil:
+    cdef void start(self, uint64_t entry, uint32_t place) noexcept nogil:
         cdef kv_operation *op = kv_operation_at(self.view, self.view.leader, <uint32_t>entry)
+        cdef Flight *flight = &self.flights[place]
         cdef StopContext context
-        cdef uint32_t failed_row = 0, after_row = 0
-        cdef uint64_t began
-        cdef bint done = False
+        cdef uint32_t failed_row = 0
+        cdef int status = COPY_FAILED
         if not operation_claim(self.view, op, <uint32_t>(entry >> 32), self.rank):
             return
         context.op = op
         context.generation = <uint32_t>(entry >> 32)
-        if op.row_count <= KV_ROWS and self.rows_are_valid(op, &failed_row):
-            began = monotonic_ns()
-            done = self.backend.copy(op, self.digests, operation_is_cancelled, &context, &failed_row) == COPY_DONE
-            if done and not self.rows_are_valid(op, &after_row):
-                done = False
-                failed_row = after_row
-            self.count_copy(op, done, began)
+        flight.entry = entry
+        flight.began_ns = monotonic_ns()
+        if op.row_count <= KV_ROWS and self.rows_are_valid(op, True, &failed_row):
+            status = self.backend.submit(place, op, self.digests, operation_is_cancelled, &context,
+                                         &failed_row)
+        if status == COPY_RUNNING:
+            flight.busy = True
+            self.busy += 1
+            kv_u64_store_release(&flight.submitted, entry + 1)
+        else:
+            self.finish(op, context.generation, status, failed_row, flight.began_ns)
+
+    cdef bint end_flights(self) noexcept nogil:
+        """Finish the operations whose copies have ended; True if there was one."""
+        cdef kv_operation *op
+        cdef Flight *flight
+        cdef uint32_t place, failed_row
+        cdef int status
+        cdef bint ended = False
+        if self.busy == 0:
+            return False
+        for place in range(PLACES):
+            flight = &self.flights[place]
+            if not flight.busy:
+                continue
+            failed_row = 0
+            status = self.backend.poll(place, &failed_row)
+            if status == COPY_RUNNING:
+                continue
+            op = kv_operation_at(self.view, self.view.leader, <uint32_t>flight.entry)
+            self.finish(op, <uint32_t>(flight.entry >> 32), status, failed_row, flight.began_ns)
+            kv_u64_store_release(&flight.submitted, 0)
+            flight.busy = False
+            self.busy -= 1
+            ended = True
+        return ended
+
+    cdef void finish(self, kv_operation *op, uint32_t generation, int status, uint32_t failed_row,
+                     uint64_t began_ns) noexcept nogil:
+        """This rank's copies have ended: check the rows again and say how it went."""
+        cdef StopContext context
+        cdef uint32_t bad_row = 0
+        cdef bint done = status == COPY_DONE
+        context.op = op
+        context.generation = generation
+        if kv_op_generation(kv_u64_load_acquire(&op.word)) != generation:
+            return  # taken for dead and given to somebody else meanwhile
+        if done and not self.rows_are_valid(op, False, &bad_row):
+            done = False
+            failed_row = bad_row
+        self.count_copy(op, done, began_ns)
         if not done:
-            kv_count(self.view, KV_C_CHECK_FAILURES, 1 if not operation_is_cancelled(&context) else 0)
+            if not operation_is_cancelled(&context):
+                kv_count(self.view, KV_C_CHECK_FAILURES, 1)
             kv_u64_store_relaxed(&op.failed_rows[self.rank], failed_row + 1)
         if operation_end(self.view, op, self.rank, done) == MUST_PUBLISH:
             operation_publish(self.view, op)
             operation_finished(self.view, op)
+
+    cdef void leave(self) noexcept nogil:
+        """Count as dead from here on: the leader switches the cache off and recovers the rest.
+
+        Nothing of this rank may be under way. What still comes through the ring fails at once, so
+        that nobody waits for it.
+        """
+        self.left = True
+        lock_drop(self.segment.fd, line_lock(self.line))
 
     cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil:
         cdef uint64_t moved = op.row_count * self.backend.bytes_per_block() if done else 0
@@ -216,39 +318,60 @@ cdef class WorkerLoop:
         self.segment.check_open()
         doorbell_ring(self.view, self.view.leader, self.rank)
 
-    # ---- engine thread --------------------------------------------------------------------------------------
-    def bind_step(self, step: int) -> None:
-        """The metadata of `step` has arrived: its loads may run, and the step before is filled."""
+    # ---- engine thread ---------------------------------------------------------------------------
+    def bind_step(self, step: int, stream: int = 0) -> None:
+        """The metadata of `step` has arrived: its loads may run, and the step before is filled.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step.
+        stream : int
+            Handle of the stream on which the engine works, for backends that have streams.
+        """
+        cdef kv_participant *me = &self.view.participants[self.line]
         self.segment.check_open()
-        if kv_u64_load_relaxed(&self.view.participants[self.line].step_bound) < <uint64_t>step:
-            kv_u64_store_release(&self.view.participants[self.line].step_bound, step)
-        if step > 0 and kv_u64_load_relaxed(&self.view.participants[self.line].step_filled) < <uint64_t>step - 1:
-            kv_u64_store_release(&self.view.participants[self.line].step_filled, step - 1)
+        if kv_u64_load_relaxed(&me.step_bound) < <uint64_t>step:
+            self.backend.step_bound(step, stream)
+            kv_u64_store_release(&me.step_bound, step)
+        if step > 0 and kv_u64_load_relaxed(&me.step_filled) < <uint64_t>step - 1:
+            self.backend.step_filled(step - 1, stream)
+            kv_u64_store_release(&me.step_filled, step - 1)
         doorbell_ring(self.view, self.view.leader, self.rank)
 
-    def fill_step(self, step: int) -> None:
-        """The forward pass of `step` has written its blocks: its stores may run."""
+    def fill_step(self, step: int, stream: int = 0) -> None:
+        """The forward pass of `step` has written its blocks, or will have here on `stream`."""
+        cdef kv_participant *me = &self.view.participants[self.line]
         self.segment.check_open()
-        kv_u64_store_release(&self.view.participants[self.line].step_filled, step)
+        self.backend.step_filled(step, stream)
+        kv_u64_store_release(&me.step_filled, step)
         doorbell_ring(self.view, self.view.leader, self.rank)
 
     cdef kv_operation *operation_of(self, uint64_t handle, uint64_t *word) except? NULL:
         cdef kv_operation *op
         self.segment.check_open()
         if <uint32_t>handle >= KV_OPERATIONS_PER_LEADER:
-            raise IndexError(f"operation {handle & 0xFFFFFFFF} is outside 0..{KV_OPERATIONS_PER_LEADER - 1}")
+            raise IndexError(
+                f"operation {handle & 0xFFFFFFFF} is outside 0..{KV_OPERATIONS_PER_LEADER - 1}")
         op = kv_operation_at(self.view, self.view.leader, <uint32_t>handle)
         word[0] = kv_u64_load_acquire(&op.word)
         return op
 
     def rank_ended(self, handle: int) -> bool:
-        """True once this rank has nothing to do with the operation any more (done, failed, or collected)."""
+        """Return whether this rank has nothing to do with the operation any more.
+
+        It is done, failed, or collected.
+        """
         cdef uint64_t word = 0
         self.operation_of(handle, &word)
-        return kv_op_generation(word) != <uint32_t>(handle >> 32) or kv_op_rank(word, self.rank) >= KV_RANK_DONE
+        return (kv_op_generation(word) != <uint32_t>(handle >> 32)
+                or kv_op_rank(word, self.rank) >= KV_RANK_DONE)
 
     def failed_device_blocks(self, handle: int) -> list[int]:
-        """Device blocks that this rank did not load, from the first failed row on; empty if all arrived."""
+        """Device blocks that this rank did not load, from the first failed row on.
+
+        Empty if all arrived.
+        """
         cdef uint64_t word = 0
         cdef kv_operation *op = self.operation_of(handle, &word)
         cdef uint32_t i, first
@@ -258,23 +381,42 @@ cdef class WorkerLoop:
         first = <uint32_t>kv_u64_load_relaxed(&op.failed_rows[self.rank])
         return [op.rows[i].device_block for i in range(first - 1 if first else 0, op.row_count)]
 
-    def cancel_and_wait(self, handle: int, timeout_ms: int) -> bool:
-        """Stop an operation whose device blocks are about to be overwritten; True once this rank is out of it.
+    cdef bint engine_follows(self, uint64_t handle, uint64_t stream) noexcept nogil:
+        """Make the engine's stream wait for an operation whose copies are all submitted."""
+        cdef uint32_t place
+        for place in range(PLACES):
+            # If the place goes to another operation right now, this one has ended, and the engine
+            # waits for a younger copy: more than it must, never less.
+            if kv_u64_load_acquire(&self.flights[place].submitted) == handle + 1:
+                return self.backend.engine_after(place, stream)
+        return False
 
-        Lasts as long as the copy of one block; a backend that does not come back within `timeout_ms` makes this
-        return False.
+    def cancel_and_wait(self, handle: int, timeout_ms: int, stream: int = 0) -> bool:
+        """Stop an operation whose device blocks are about to be overwritten.
+
+        Lasts until this rank's copies have ended, at most as long as the copy of one run of blocks;
+        on a backend with streams until they are submitted: then `stream`, where the engine
+        overwrites the blocks, waits for them.
+
+        Returns
+        -------
+        bool
+            False if neither came to pass within `timeout_ms`.
         """
         cdef uint64_t word = 0
         cdef kv_operation *op = self.operation_of(handle, &word)
         cdef uint64_t deadline = monotonic_ns() + <uint64_t>timeout_ms * 1000000
-        cdef uint32_t generation = <uint32_t>(handle >> 32)
-        cdef bint ended = False
+        cdef uint64_t entry = handle, engine = stream
+        cdef uint32_t generation = <uint32_t>(entry >> 32)
+        cdef bint safe = False
         operation_cancel(self.view, op, generation)
         with nogil:
             while True:
                 word = kv_u64_load_acquire(&op.word)
-                ended = kv_op_generation(word) != generation or kv_op_rank(word, self.rank) >= KV_RANK_DONE
-                if ended or monotonic_ns() > deadline:
+                safe = (kv_op_generation(word) != generation
+                        or kv_op_rank(word, self.rank) >= KV_RANK_DONE
+                        or self.engine_follows(entry, engine))
+                if safe or monotonic_ns() > deadline:
                     break
                 usleep(20)
-        return ended
+        return safe

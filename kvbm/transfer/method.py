@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a CUDA backend moves the bytes of a KV-cache group: a pure choice, from shape and driver.
+
+What it knows of the bus, measured on one H100 with PCIe 5 (512 random blocks, GB/s device to host /
+host to device; one big copy reaches 55 / 54; us are CPU time a block):
+
+=====================================  ===============  ===============  ==================
+submission                             32 x 64 KiB      64 x 32 KiB      61 x 18 KiB
+=====================================  ===============  ===============  ==================
+one call a piece                       17 / 16, 120 us  11 / 10, 190 us  7 / 6, 170 us
+batches, stream order, 64 blocks each  51 / 49, 22 us   33 / 33, 59 us   32 / 14, 60 us
+batches, any order, 8 blocks each      54 / 48, 20 us   46 / 52, 40 us   37 / 32, 32 us
+one 2D copy a block                    50 / 50, 2 us    50 / 50, 3 us    49 / 46, 2 us
+=====================================  ===============  ===============  ==================
+
+So: a 2D copy where the regions have one pitch inside one allocation and the pieces are short, else
+batches. Only loads may be read in any order: the arena is complete before a load begins, the source
+of a store is written by kernels before it in the stream. Runs of blocks make pieces long, which
+helps all of them; the arena's layout exists for that. Copies by a kernel are not chosen: storing
+with one slows other kernels by 1.4 to 3.5 times, and long pieces do not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kvbm.transfer.geometry import KvGeometry
+
+__all__ = ["CopyMethod", "copy_method", "uniform_pitch"]
+
+MAX_PITCH_BYTES = 2**31 - 1
+"""What the driver takes (CU_DEVICE_ATTRIBUTE_MAX_PITCH of all devices so far)."""
+
+PITCHED_BELOW_BYTES = 256 << 10
+"""From this size of a piece on, batches are as fast, and copies overlap better."""
+
+LOAD_SEGMENTS = 256
+STORE_SEGMENTS = 2048
+"""Pieces in one submission: 8 and 64 blocks of 32 layers."""
+
+Allocation = tuple[int, int]
+"""Begin and size of an allocation, in bytes."""
+
+
+class CopyMethod(NamedTuple):
+    """How pieces are submitted for one KV-cache group.
+
+    Attributes
+    ----------
+    pitch_bytes
+        Bytes from one region to the next one where a 2D copy can take them all; 0 if it cannot.
+    pitched_below_bytes
+        A 2D copy is used for pieces shorter than this.
+    load_segments, store_segments
+        Pieces in one submission of a load, of a store.
+    """
+
+    pitch_bytes: int
+    pitched_below_bytes: int
+    load_segments: int
+    store_segments: int
+
+
+def uniform_pitch(geometry: KvGeometry, allocation_of: Callable[[int], Allocation | None]) -> int:
+    """Return the distance of all regions that one 2D copy can take, 0 if there is none.
+
+    Parameters
+    ----------
+    geometry
+        Regions of the group.
+    allocation_of
+        Allocation that an address lies in, None if unknown. The driver refuses a 2D copy that
+        leaves its allocation, even if the memory behind it belongs to another one.
+    """
+    regions = geometry.regions
+    first = regions[0]
+    if len(regions) < 2 or any(
+        (region.chunk_bytes, region.block_stride_bytes)
+        != (first.chunk_bytes, first.block_stride_bytes)
+        for region in regions
+    ):
+        return 0
+    pitch = regions[1].base_address - first.base_address
+    if not first.chunk_bytes <= pitch <= MAX_PITCH_BYTES or any(
+        region.base_address != first.base_address + i * pitch for i, region in enumerate(regions)
+    ):
+        return 0
+    found = allocation_of(first.base_address)
+    last = regions[-1]
+    end = last.base_address + (geometry.num_blocks - 1) * last.block_stride_bytes + last.chunk_bytes
+    if found is None or not found[0] <= first.base_address < end <= sum(found):
+        return 0
+    return pitch
+
+
+def copy_method(
+    geometry: KvGeometry,
+    allocation_of: Callable[[int], Allocation | None],
+    *,
+    has_batches: bool = True,
+) -> CopyMethod:
+    """Choose how a group's pieces are submitted.
+
+    Parameters
+    ----------
+    geometry, allocation_of
+        As for `uniform_pitch`.
+    has_batches
+        Whether the driver takes many copies in one call; without, a 2D copy is always better.
+    """
+    return CopyMethod(
+        pitch_bytes=uniform_pitch(geometry, allocation_of),
+        pitched_below_bytes=PITCHED_BELOW_BYTES if has_batches else 2**63,
+        load_segments=LOAD_SEGMENTS,
+        store_segments=STORE_SEGMENTS,
+    )
