@@ -436,10 +436,11 @@ class Leader:
             return
         lines = participants(self.table.segment)
         mine = self.table.segment.leader
-        lost = [line.rank for line in lines if line.leader == mine and not line.alive]
-        if lost and not self.workers_lost:
+        alive = {line.rank for line in lines if line.leader == mine and line.alive}
+        lost = sorted(set(range(self.table.segment.shape.ranks)) - alive)
+        if lost and self._attached and not self.workers_lost:
             self.workers_lost = True
-            logger.error("worker ranks %s died; the cache is off for this engine", lost)
+            logger.error("worker ranks %s are gone; the cache is off for this engine", lost)
         if all(line.alive for line in lines) or recover(self.table.segment):
             self._look_every = LIVENESS_SECS
         else:  # a dead engine whose workers live: nothing to do until they end

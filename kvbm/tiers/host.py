@@ -18,6 +18,7 @@ Header page (little endian, the rest zero), written in one go::
 """
 
 import contextlib
+import contextlib
 import errno
 import hashlib
 import logging
@@ -244,9 +245,14 @@ class HostArena:
         return done >= total
 
     def close(self) -> None:
-        """Unmap and drop the user's lock; may be called twice. The object stays."""
+        """Unmap and drop the user's lock; may be called twice. The object stays.
+
+        Where something still refers to the memory (a traceback that somebody keeps), the mapping
+        goes with that.
+        """
         if self._map is not None:
-            self._map.close()
+            with contextlib.suppress(BufferError):
+                self._map.close()
             self._map = None
         if self._fd >= 0:
             os.close(self._fd)
