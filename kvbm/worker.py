@@ -3,10 +3,10 @@
 
 Threads. The engine's thread calls `bind`, `filled`, `stop_copies`, `ended_loads` and
 `ended_stores`; none of them waits, but for `stop_copies`, which lasts as long as the copy of one
-run of blocks. Behind it are two threads: one reserves the arena's memory and ends, the other runs
-the copies without the GIL (kvbm/_fast/worker_loop.pyx). Whatever becomes of them, each load is
-reported as ended once, with the device blocks that did not arrive, so that the engine recomputes
-instead of waiting.
+run of blocks, or, on a device with streams, as long as its submission. Behind it are two threads:
+one reserves the arena's memory and ends, the other runs the copies without the GIL
+(kvbm/_fast/worker_loop.pyx). Whatever becomes of them, each load is reported as ended once, with
+the device blocks that did not arrive, so that the engine recomputes instead of waiting.
 """
 
 import logging
@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbm._fast.backend import CopyBackend
-from kvbm._fast.copy import HostCopier
-from kvbm._fast.host_backend import HostBackend
 from kvbm._fast.participants import claim_worker, find_leader, set_attached
 from kvbm._fast.segment import Segment, SegmentFault
 from kvbm._fast.worker_loop import WorkerLoop
@@ -27,6 +25,7 @@ from kvbm.instance import engine_key, is_private, remove_if_unused, segment_name
 from kvbm.step import LoadOrder, StepMetadata
 from kvbm.tiers.host import ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
+from kvbm.transfer.backends import Device, RankCopies
 from kvbm.transfer.geometry import KvGeometry
 
 logger = logging.getLogger(__name__)
@@ -71,6 +70,8 @@ class Worker:
         The rank's KV cache, one a KV-cache group.
     keep_alive : object
         Owner of the KV cache's memory.
+    device : Device
+        Where the KV cache is.
 
     Raises
     ------
@@ -86,6 +87,7 @@ class Worker:
         settings: Settings,
         geometries: Sequence[KvGeometry],
         keep_alive: object = None,
+        device: Device | None = None,
     ) -> None:
         if any(g.chunk_bytes != geometries[0].chunk_bytes for g in geometries):
             raise GeometryError(
@@ -97,6 +99,7 @@ class Worker:
         self.settings = settings
         self.geometries = list(geometries)
         self._keep_alive = keep_alive
+        self._device = device or Device()
         self.arena = HostArena(
             place.instance,
             ArenaHeader(
@@ -116,6 +119,8 @@ class Worker:
         self._closing = threading.Event()
         self._steps = threading.Lock()  # of the two steps below, until the loop is there
         self._bound = self._filled = 0
+        self._stream = 0  # the engine's, when it told about the last step
+        self._rank_copies: RankCopies | None = None
         self._loads: dict[str, LoadOrder] = {}
         self._held: dict[str, list[int]] = {}
         self._copies = threading.Thread(
@@ -183,24 +188,19 @@ class Worker:
         layout = ArenaLayout(segment.shape.host_slots, self.geometries[0].chunk_bytes)
         self.arena.belong_to(segment.nonce)
         memory = self.arena.map(layout.total_bytes)
-        copiers = [
-            HostCopier(
-                geometry.address_table,
-                layout,
-                memory,
-                device_blocks=geometry.num_blocks,
-                rank=self.place.rank,
-                group=number,
-                keep_alive=self._keep_alive,
-            )
-            for number, geometry in enumerate(self.geometries)
-        ]
-        backend = HostBackend(copiers, checksum=self.settings.verify_host)
-        backend.set_usable_slots(0)
+        copies = RankCopies(
+            self._device,
+            self.geometries,
+            layout,
+            memory,
+            rank=self.place.rank,
+            checksum=self.settings.verify_host,
+            keep_alive=self._keep_alive,
+        )
+        self._rank_copies = copies
 
         def reserved(count: int) -> None:
-            usable = layout.usable_slots(count)
-            backend.set_usable_slots(usable)
+            usable = copies.grow(count)
             segment.set_ready_slots(self.place.rank, usable)
             # Slots that were usable before this worker came (a restart, another engine) hold
             # blocks: the leader must not match them until this worker can read them.
@@ -214,15 +214,15 @@ class Worker:
             daemon=True,
         )
         self._reserving.start()
-        return backend
+        return copies.backend
 
     def _tell_loop(self) -> None:
         """Pass on the steps that arrived before the loop was there; under the lock."""
         assert self.loop is not None
         if self._bound:
-            self.loop.bind_step(self._bound)
+            self.loop.bind_step(self._bound, self._stream)
         if self._filled:
-            self.loop.fill_step(self._filled)
+            self.loop.fill_step(self._filled, self._stream)
 
     # ---- engine thread ---------------------------------------------------------------------------
     def stop_copies(self, metadata: StepMetadata) -> None:
@@ -233,7 +233,7 @@ class Worker:
         if self.loop is None:
             return
         for handle in metadata.stop:
-            if not self.loop.cancel_and_wait(handle, STOP_TIMEOUT_MS):
+            if not self.loop.cancel_and_wait(handle, STOP_TIMEOUT_MS, self._device.stream()):
                 logger.error(
                     "rank %d: a copy did not stop; its blocks are not published", self.place.rank
                 )
@@ -246,15 +246,17 @@ class Worker:
             return
         with self._steps:
             self._bound = metadata.step
+            self._stream = self._device.stream()
             if self.loop is not None:
-                self.loop.bind_step(metadata.step)
+                self.loop.bind_step(metadata.step, self._stream)
 
     def filled(self) -> None:
         """The forward pass of the bound step has written its blocks."""
         with self._steps:
             self._filled = self._bound
+            self._stream = self._device.stream()
             if self.loop is not None and self._filled:
-                self.loop.fill_step(self._filled)
+                self.loop.fill_step(self._filled, self._stream)
 
     @property
     def copying(self) -> bool:
@@ -316,6 +318,9 @@ class Worker:
         if self.segment is not None:
             self.segment.close()
             self.segment = None
+        if self._rank_copies is not None:
+            self._rank_copies.close()
+            self._rank_copies = None
         self._keep_alive = None
         self.arena.close()
         if is_private(self.place.instance):

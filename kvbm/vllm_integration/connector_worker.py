@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm.errors import ConfigError
 from kvbm.step import StepMetadata
+from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of_groups
 from kvbm.vllm_integration.engine import at_exit, check_model, instance_of, settings_of
 from kvbm.worker import Worker, WorkerPlace
@@ -57,14 +58,14 @@ class KvConnectorWorker:
         """
         if self._worker is not None:
             raise ConfigError("the KV caches of this worker are registered already")
-        devices = {str(tensor.device.type) for tensor in kv_caches.values()}
-        if devices != {"cpu"}:
-            raise ConfigError(f"KV caches on {sorted(devices)} are not supported: allowed is cpu")
+        device = device_of(kv_caches)
         config = self._kv_cache_config
         groups = [g.layer_names for g in config.kv_cache_groups] if config else [list(kv_caches)]
         blocks = config.num_blocks if config else self._vllm_config.cache_config.num_gpu_blocks
         geometries = geometry_of_groups(kv_caches, groups, int(blocks))
-        self._worker = Worker(self.place, self.settings, geometries, keep_alive=kv_caches)
+        self._worker = Worker(
+            self.place, self.settings, geometries, keep_alive=kv_caches, device=device
+        )
         at_exit(self, self.close)
         logger.info(
             "rank %d: %d blocks of %d bytes on the device, %d regions",
@@ -117,6 +118,26 @@ class KvConnectorWorker:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def device_of(kv_caches: "dict[str, torch.Tensor]") -> Device:
+    """Device that all KV caches are on, with the stream that the engine's thread works on.
+
+    Raises
+    ------
+    ConfigError
+        They are on several devices, or on one that no backend serves.
+    """
+    devices = {(str(t.device.type), t.device.index) for t in kv_caches.values()}
+    if len(devices) != 1:
+        raise ConfigError(f"KV caches on devices {sorted(map(str, devices))}: allowed is one")
+    kind, index = devices.pop()
+    if kind != "cuda":
+        return Device(kind)
+    import torch
+
+    ordinal = torch.cuda.current_device() if index is None else int(index)
+    return Device(kind, ordinal, lambda: int(torch.cuda.current_stream(ordinal).cuda_stream))
 
 
 def _rank_in_engine(parallel: Any) -> int:
