@@ -12,6 +12,7 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.worker_loop import WorkerLoop
 from tests.copy_rig import SLOTS, DeviceMemory, FakeMemory, HostMemory, Rig, content
 from tests.fast.instances import Instance, digests
+from tests.gpu.memory import CudaMemory
 from tests.leaks import wait_until
 
 MEMORIES: dict[str, Callable[[], DeviceMemory]] = {
@@ -20,12 +21,18 @@ MEMORIES: dict[str, Callable[[], DeviceMemory]] = {
     "cuda singly": lambda: FakeMemory(batches=False),
     "cuda pitched": lambda: FakeMemory(slab=True),
 }
+ON_A_DEVICE: dict[str, Callable[[], DeviceMemory]] = {
+    "device, one tensor a layer": CudaMemory,
+    "device, one slab": lambda: CudaMemory(slab=True),
+}
 SCATTERED = [5, 6, 7, 30, 2, 9, 10, 47, 0, 20]
 
 
-@pytest.fixture(params=MEMORIES)
+@pytest.fixture(
+    params=[*MEMORIES, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_DEVICE)]
+)
 def rig(request: pytest.FixtureRequest, make_instance: Callable[..., Instance]) -> Iterator[Rig]:
-    memory = MEMORIES[request.param]()
+    memory = (MEMORIES | ON_A_DEVICE)[request.param]()
     made = Rig(make_instance(host_slots=SLOTS), memory)
     yield made
     made.close()
