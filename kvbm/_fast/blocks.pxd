@@ -33,4 +33,6 @@ cdef bint block_abandon(kv_view *view, uint32_t block, uint32_t generation,
                         uint32_t *host_slot) noexcept nogil
 cdef void block_leave(kv_view *view, uint32_t block, bint uncount_parent,
                       uint32_t *host_slot) noexcept nogil
+cdef bint chain_step(kv_view *view, uint32_t *block, uint32_t *generation,
+                     uint32_t *slot) noexcept nogil
 cdef uint64_t monotonic_ns() noexcept nogil

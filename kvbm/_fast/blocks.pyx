@@ -306,3 +306,29 @@ cdef void block_leave(kv_view *view, uint32_t block, bint uncount_parent,
             pool_give_back(view, KV_POOL_DISK, kv_placement_slot(placement))
     word = kv_u64_load_acquire(&b.word)
     kv_u64_store_release(&b.word, kv_word_make(KV_RESET, 0, 0, kv_word_generation(word)))  # [E5]
+
+
+cdef bint chain_step(kv_view *view, uint32_t *block, uint32_t *generation,
+                     uint32_t *slot) noexcept nogil:
+    """Slot of a block of a held chain, then move to its parent; False if the chain is broken here.
+
+    A root leaves `block` at KV_NONE, so that a further step is False.
+    """
+    cdef kv_block *b
+    cdef uint64_t word, placement
+    cdef uint32_t parent
+    if block[0] >= view.shape.block_capacity:
+        return False
+    b = &view.blocks[block[0]]
+    word = kv_u64_load_acquire(&b.word)
+    placement = kv_u64_load_acquire(&b.placement[KV_TIER_HOST])
+    if (kv_word_state(word) != KV_REGISTERED or kv_word_generation(word) != generation[0]
+            or kv_placement_state_of(placement) != KV_READY
+            or kv_placement_generation(placement) != generation[0]
+            or kv_placement_slot(placement) >= view.shape.host_slots):
+        return False
+    slot[0] = kv_placement_slot(placement)
+    parent = kv_u32_load_relaxed(&b.parent)
+    generation[0] = kv_u32_load_relaxed(&b.parent_generation)
+    block[0] = KV_NONE if parent == 0 else parent - 1
+    return True

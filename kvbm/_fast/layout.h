@@ -96,9 +96,9 @@
  *     failed -> FAILED. Cancel turns all pending ranks into failed ones. Only the leader recycles:
  *     COMPLETE / FAILED -> FREE with the next generation.
  *
- * Rings: one a worker, written by its leader alone, read by that worker alone; a capacity of all
- * operations that a leader has, so it is never full. [R0] head with release, [R1] head with
- * acquire; [R2]/[R3] the same for tail.
+ * Rings: one a worker, written by its leader alone, read by that worker alone. As many entries as a
+ * leader has operations; those of cancelled ones stay until the worker looks, so the leader submits
+ * no more than fits. [R0] head with release, [R1] head with acquire; [R2]/[R3] the same for tail.
  *
  * Free pools: bitmaps. Taking bits and giving them back is a CAS / fetch-or on one 64-bit word; a
  * summary word above is a hint. A taken bit that no block names (its taker died) comes back when

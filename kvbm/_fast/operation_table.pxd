@@ -8,9 +8,13 @@ from kvbm._fast.table cimport BlockTable
 cdef class OperationTable(BlockTable):
     cdef uint64_t anchors[128]   # by operation: the held parent of its first row
     cdef uint32_t operation_cursor
+    cdef uint32_t looks          # operations that the call in progress may still look at
+    cdef uint32_t room           # entries that still fit into the workers' rings
 
     cdef uint32_t open_operation(self, uint32_t kind, uint64_t step, uint64_t request_key,
                                  uint32_t group, uint64_t anchor) noexcept nogil
+    cdef void begin(self) noexcept nogil
+    cdef void discard(self, uint32_t *indices, int count) noexcept nogil
     cdef int submit_all(self, uint32_t *indices, int count, list handles) except -1
     cdef kv_operation *checked(self, uint64_t handle) except? NULL
     cdef void collect_rows(self, kv_operation *op, bint arrived) noexcept nogil

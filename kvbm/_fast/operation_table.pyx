@@ -13,6 +13,7 @@ from kvbm._fast.blocks cimport (
     PUBLISHED,
     Reservation,
     block_publish,
+    chain_step,
     monotonic_ns,
     structure_enter,
     structure_exit,
@@ -43,11 +44,21 @@ from kvbm._fast.operations cimport (
     operation_cancel,
     operation_recycle,
     operation_submit,
+    rings_room,
 )
 from kvbm._fast.segment cimport Segment
-from kvbm._fast.table cimport BlockTable, chain_step, make_ref
+from kvbm._fast.table cimport BlockTable, make_ref, set_parent
 
 cdef uint64_t NO_REF = 0xFFFFFFFFFFFFFFFFULL
+
+
+cdef inline void fill_row(kv_row *row, uint32_t device_block, uint32_t slot, uint32_t block,
+                          uint32_t generation) noexcept nogil:
+    memset(row, 0, sizeof(kv_row))
+    row.device_block = device_block
+    row.slot = slot
+    row.block = block
+    row.generation = generation
 
 
 cdef class OperationTable(BlockTable):
@@ -85,17 +96,23 @@ cdef class OperationTable(BlockTable):
             First block that was neither found nor reserved (no slot, no operation, or `stop`).
         parent : int or None
             Reference to block `upto - 1`.
+
+        Raises
+        ------
+        ValueError, IndexError, OverflowError
+            A block hash, the range, the parent or a device block is impossible; nothing is stored.
         """
         cdef Reservation what
         cdef Py_ssize_t i = start, end = min(stop, keys.count(), len(device_blocks))
-        cdef uint32_t block, generation, slot, index = KV_NONE
-        cdef uint64_t word, ref = NO_REF if parent is None else <uint64_t>parent
+        cdef uint32_t device_block, block, generation, slot, index
+        cdef uint64_t word, ref
         cdef kv_operation *op = NULL
-        cdef kv_row *row
         cdef uint32_t pending[128]
         cdef int pending_count = 0
         handles = []
         self.mix(keys)
+        ref = self.parent_ref(parent, start)
+        self.begin()
         memset(&what, 0, sizeof(what))
         what.priority = priority
         what.group = keys.group
@@ -103,6 +120,7 @@ cdef class OperationTable(BlockTable):
             return handles, start, parent
         try:
             while i < end:
+                device_block = device_blocks[i]
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
                 if block != KV_NONE:
@@ -118,26 +136,39 @@ cdef class OperationTable(BlockTable):
                     op = kv_operation_at(self.view, self.view.leader, index)
                     pending[pending_count] = index
                     pending_count += 1
-                what.parent = KV_NONE if ref == NO_REF else <uint32_t>ref
-                what.parent_generation = 0 if ref == NO_REF else <uint32_t>(ref >> 32)
+                set_parent(&what, ref)
                 what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
                     break
-                row = &op.rows[op.row_count]
-                memset(row, 0, sizeof(kv_row))
-                row.device_block = device_blocks[i]
-                row.slot = slot
-                row.block = block
-                row.generation = generation
+                fill_row(&op.rows[op.row_count], device_block, slot, block, generation)
                 op.row_count += 1
                 ref = make_ref(block, generation)
                 i += 1
+        except BaseException:
+            self.discard(pending, pending_count)
+            raise
         finally:
             self.give_back_runs()
             structure_exit(self.view)
-            self.submit_all(pending, pending_count, handles)
+        self.submit_all(pending, pending_count, handles)
         return handles, i, None if ref == NO_REF else ref
+
+    cdef void begin(self) noexcept nogil:
+        """Before the first `open_operation` of a call."""
+        self.looks = KV_OPERATIONS_PER_LEADER
+        self.room = rings_room(self.view)
+
+    cdef void discard(self, uint32_t *indices, int count) noexcept nogil:
+        """Undo a store that was not submitted."""
+        cdef kv_operation *op
+        cdef uint32_t i
+        cdef int k
+        for k in range(count):
+            op = kv_operation_at(self.view, self.view.leader, indices[k])
+            for i in range(op.row_count):
+                self.abandon(op.rows[i].block, op.rows[i].generation)
+            self.let_go(self.anchors[indices[k]], 0)
 
     cdef uint32_t open_operation(self, uint32_t kind, uint64_t step, uint64_t request_key,
                                  uint32_t group, uint64_t anchor) noexcept nogil:
@@ -146,10 +177,13 @@ cdef class OperationTable(BlockTable):
         KV_NONE if there is no free one.
         """
         cdef kv_operation *op
-        cdef uint32_t index = operation_allocate(self.view, &self.operation_cursor)
+        cdef uint32_t index = KV_NONE
+        if self.room != 0:
+            index = operation_allocate(self.view, &self.operation_cursor, &self.looks)
         if index == KV_NONE:
             kv_count(self.view, KV_C_SKIPPED_NO_OPERATION, 1)
             return KV_NONE
+        self.room -= 1
         op = kv_operation_at(self.view, self.view.leader, index)
         op.kind = kind
         op.row_count = 0
@@ -207,6 +241,7 @@ cdef class OperationTable(BlockTable):
         handles = []
         if count > KV_OPERATIONS_PER_LEADER:
             return None
+        self.begin()
         for k in range(count):
             pending[k] = self.open_operation(KV_LOAD, step, request_key, group, NO_REF)
             if pending[k] == KV_NONE:
@@ -214,16 +249,13 @@ cdef class OperationTable(BlockTable):
             op = kv_operation_at(self.view, self.view.leader, pending[k])
             op.row_count = KV_ROWS if (k + 1) * KV_ROWS <= n else <uint32_t>(n - k * KV_ROWS)
         for _ in range(skip):
-            if not chain_step(self, &block, &generation, &slot):
+            if not chain_step(self.view, &block, &generation, &slot):
                 return None
         for i in range(n - 1, -1, -1):
             row = &kv_operation_at(self.view, self.view.leader,
                                    pending[i // KV_ROWS]).rows[i % KV_ROWS]
-            memset(row, 0, sizeof(kv_row))
-            row.device_block = device_blocks[i]
-            row.block = block
-            row.generation = generation
-            if not chain_step(self, &block, &generation, &slot):
+            fill_row(row, device_blocks[i], KV_NONE, block, generation)
+            if not chain_step(self.view, &block, &generation, &slot):
                 return None
             row.slot = slot
         self.submit_all(pending, count, handles)

@@ -8,7 +8,8 @@ cdef enum EndResult:
     MUST_PUBLISH    # a store, all ranks done: the caller publishes, then calls operation_finished
     ENDED           # complete or failed
 
-cdef uint32_t operation_allocate(kv_view *view, uint32_t *cursor) noexcept nogil
+cdef uint32_t rings_room(kv_view *view) noexcept nogil
+cdef uint32_t operation_allocate(kv_view *view, uint32_t *cursor, uint32_t *looks) noexcept nogil
 cdef void operation_submit(kv_view *view, uint32_t index) noexcept nogil
 cdef bint operation_claim(kv_view *view, kv_operation *op, uint32_t generation,
                           uint32_t rank) noexcept nogil

@@ -81,18 +81,39 @@ cdef inline uint64_t with_state(uint64_t word, uint32_t state, uint32_t finisher
     return kv_op_make(state, finisher, kv_op_generation(word), <uint32_t>word)
 
 
-cdef uint32_t operation_allocate(kv_view *view, uint32_t *cursor) noexcept nogil:
+cdef uint32_t rings_room(kv_view *view) noexcept nogil:
+    """How many operations this leader can submit before a worker's ring is full.
+
+    An operation that was cancelled and collected still has its entry in the ring of a worker that
+    has not looked since, so entries can outnumber operations.
+    """
+    cdef uint32_t rank, used, room = KV_OPERATIONS_PER_LEADER
+    cdef kv_ring *ring
+    for rank in range(view.shape.ranks):
+        ring = kv_ring_of(view, view.leader, rank)
+        used = kv_u32_load_relaxed(&ring.head) - kv_u32_load_acquire(&ring.tail)  # [R3]
+        if used >= KV_OPERATIONS_PER_LEADER:
+            return 0
+        if KV_OPERATIONS_PER_LEADER - used < room:
+            room = KV_OPERATIONS_PER_LEADER - used
+    return room
+
+
+cdef uint32_t operation_allocate(kv_view *view, uint32_t *cursor, uint32_t *looks) noexcept nogil:
     """A free operation of this leader, KV_NONE if all are in use.
 
-    Only the leader's own thread allocates.
+    Only the leader's own thread allocates. An allocated operation stays free until it is submitted:
+    `looks`, which begins as the number of operations, makes a call that allocates several of them
+    look at each once.
     """
-    cdef uint32_t looked, index
+    cdef uint32_t index
     cdef kv_operation *op
-    for looked in range(KV_OPERATIONS_PER_LEADER):
-        index = (cursor[0] + looked) % KV_OPERATIONS_PER_LEADER
+    while looks[0] != 0:
+        index = cursor[0] % KV_OPERATIONS_PER_LEADER
+        cursor[0] = index + 1
+        looks[0] -= 1
         op = kv_operation_at(view, view.leader, index)
         if kv_op_state(kv_u64_load_acquire(&op.word)) == KV_OP_FREE:
-            cursor[0] = index + 1
             return index
     return KV_NONE
 

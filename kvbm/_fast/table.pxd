@@ -26,16 +26,15 @@ cdef class BlockTable:
 
     cdef int mix(self, Keys keys) except -1
     cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
-    cdef void hold(self, uint32_t block) noexcept nogil
     cdef bint hold_parent(self, uint64_t ref) noexcept nogil
     cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil
     cdef uint32_t usable_slots(self) noexcept nogil
     cdef bint take_block(self, uint32_t wanted, uint32_t *record, uint32_t *slot) noexcept nogil
+    cdef uint64_t parent_ref(self, object parent, Py_ssize_t start) except? 0xFFFFFFFFFFFFFFFF
     cdef void give_back_runs(self) noexcept nogil
     cdef bint reserve_block(self, const Reservation *what, uint32_t wanted, uint32_t *block,
                             uint32_t *generation, uint32_t *slot) noexcept nogil
     cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil
 
-cdef bint chain_step(BlockTable table, uint32_t *block, uint32_t *generation,
-                     uint32_t *slot) noexcept nogil
+cdef void set_parent(Reservation *what, uint64_t ref) noexcept nogil
 cdef uint64_t make_ref(uint32_t block, uint32_t generation) noexcept nogil

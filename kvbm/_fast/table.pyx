@@ -17,7 +17,6 @@ from libc.string cimport memset
 from kvbm._fast.atomics cimport (
     kv_u32_fetch_add_release,
     kv_u32_load_acquire,
-    kv_u32_load_relaxed,
     kv_u64_fetch_add_relaxed,
     kv_u64_load_acquire,
 )
@@ -31,6 +30,7 @@ from kvbm._fast.blocks cimport (
     block_publish,
     block_reserve,
     block_unpin,
+    chain_step,
     monotonic_ns,
     structure_enter,
     structure_exit,
@@ -58,16 +58,11 @@ from kvbm._fast.layout cimport (
     KV_PARTIAL,
     KV_POOL_BLOCKS,
     KV_POOL_HOST,
-    KV_READY,
     KV_REGISTERED,
-    KV_TIER_HOST,
     kv_block,
     kv_count,
     kv_counter,
     kv_holder_bit,
-    kv_placement_generation,
-    kv_placement_slot,
-    kv_placement_state_of,
     kv_word_generation,
     kv_word_state,
 )
@@ -172,7 +167,7 @@ cdef class BlockTable:
         while low >= first:    # evicted between probe and pin: give up one block a turn
             keys.digest(low, &lo, &hi)
             if deepest != KV_NONE and block_pin(self.view, deepest, lo, hi):
-                self.hold(deepest)
+                self.pins[deepest] += 1
                 kv_count(self.view, KV_C_MATCHED_BLOCKS, low - first + 1)
                 word = kv_u64_load_acquire(&self.view.blocks[deepest].word)
                 return low - first + 1, make_ref(deepest, kv_word_generation(word))
@@ -180,9 +175,6 @@ cdef class BlockTable:
             if low >= first:
                 deepest = self.probe(keys, low, &word)
         return 0, None
-
-    cdef void hold(self, uint32_t block) noexcept nogil:
-        self.pins[block] += 1
 
     cdef bint hold_parent(self, uint64_t ref) noexcept nogil:
         """Hold a block that is to be a parent: registered, or being filled by this leader."""
@@ -209,13 +201,18 @@ cdef class BlockTable:
         return False
 
     cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil:
-        """Undo one hold; at the last one the block is returned with this tick (0: takes one)."""
+        """Undo one hold; at the last one the block is returned with this tick (0: takes one).
+
+        The hold of a reservation ends when it is published or abandoned, not here.
+        """
         cdef uint32_t block = <uint32_t>ref
         cdef uint64_t word
         if ref == NO_REF or self.pins[block] == 0:
             return
         word = kv_u64_load_acquire(&self.view.blocks[block].word)
         if kv_word_generation(word) != <uint32_t>(ref >> 32):
+            return
+        if self.pins[block] == 1 and kv_word_state(word) != KV_REGISTERED:
             return
         self.pins[block] -= 1
         if self.pins[block] == 0:
@@ -248,6 +245,15 @@ cdef class BlockTable:
         if not 0 <= (ref & 0xFFFFFFFF) < self.view.shape.block_capacity:
             raise IndexError(f"block {ref & 0xFFFFFFFF} is outside "
                              f"0..{self.view.shape.block_capacity - 1}")
+
+    cdef uint64_t parent_ref(self, object parent, Py_ssize_t start) except? 0xFFFFFFFFFFFFFFFF:
+        """Check where a chain is to be continued; NO_REF at its root."""
+        if start < 0:
+            raise ValueError(f"start {start} is negative")
+        if parent is None:
+            return NO_REF
+        self.check_ref(parent)
+        return parent
 
     # ---- reserve ---------------------------------------------------------------------------------
     cdef uint32_t usable_slots(self) noexcept nogil:
@@ -314,6 +320,8 @@ cdef class BlockTable:
 
     cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil:
         cdef uint32_t slot = KV_NONE
+        if self.pins[block] == 0:
+            return  # another leader's reservation, or none
         if block_abandon(self.view, block, generation, &slot):
             self.pins[block] = 0
             pool_give_back(self.view, KV_POOL_BLOCKS, block)
@@ -326,42 +334,57 @@ cdef class BlockTable:
         """Reserve blocks `start` to `stop` of a sequence that are not in the table yet.
 
         Without an operation: for callers that fill the slots themselves. Stops at the first block
-        that cannot be reserved.
+        that cannot be reserved. Ancestors that are in the table stay there during the call; to keep
+        them until `publish`, hold them with `match`.
 
         Returns
         -------
         list of (ref, slot)
-            Held by this leader until `publish` and `unpin`, or `abandon`.
+            Held by this leader until `publish` and `unpin`, or `abandon_reserved`.
+
+        Raises
+        ------
+        ValueError, IndexError
+            A block hash, the range or the parent is impossible; nothing is reserved.
         """
         cdef Reservation what
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, end = min(stop, keys.count())
         cdef uint32_t block, generation, slot
-        cdef uint64_t word
+        cdef uint64_t word, ref, held = NO_REF
+        cdef bint fresh = False  # `ref` is a reservation of this call: it cannot go away
         found = []
         self.mix(keys)
+        ref = self.parent_ref(parent, start)
         memset(&what, 0, sizeof(what))
-        what.parent = KV_NONE if parent is None else <uint32_t>(parent & 0xFFFFFFFF)
-        what.parent_generation = 0 if parent is None else <uint32_t>(parent >> 32)
         what.priority = priority
         what.group = keys.group
         if not structure_enter(self.view):
             return found
         try:
-            for i in range(start, min(stop, keys.count())):
+            for i in range(start, end):
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
                 what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
                 if block != KV_NONE:
-                    what.parent = block
-                    what.parent_generation = kv_word_generation(word)
+                    ref = make_ref(block, kv_word_generation(word))
+                    fresh = False
                     continue
-                if not self.reserve_block(&what, <uint32_t>(stop - i), &block, &generation, &slot):
+                if not fresh and ref != NO_REF and ref != held:
+                    self.let_go(held, 0)
+                    held = ref if self.hold_parent(ref) else NO_REF
+                set_parent(&what, ref)
+                if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
                     break
-                found.append((make_ref(block, generation), slot))
-                what.parent = block
-                what.parent_generation = generation
+                ref = make_ref(block, generation)
+                fresh = True
+                found.append((ref, slot))
+        except BaseException:
+            for ref, _ in found:
+                self.abandon(<uint32_t>ref, <uint32_t>(ref >> 32))
+            raise
         finally:
+            self.let_go(held, 0)
             self.give_back_runs()
             structure_exit(self.view)
         return found
@@ -372,6 +395,8 @@ cdef class BlockTable:
         cdef uint64_t ref
         cdef int registered = 0, result
         self.segment.check_open()
+        for ref in refs:
+            self.check_ref(ref)
         if not structure_enter(self.view):
             return 0
         for ref in refs:
@@ -423,7 +448,7 @@ cdef class BlockTable:
         self.check_ref(ref)
         slots = [0] * count
         for i in range(count - 1, -1, -1):
-            if not chain_step(self, &block, &generation, &slot):
+            if not chain_step(self.view, &block, &generation, &slot):
                 raise LookupError(f"block {i} of a chain of {count} is not in the host tier")
             slots[i] = slot
         return slots
@@ -457,27 +482,6 @@ cdef class BlockTable:
         return {i: self.pins[i] for i in range(self.view.shape.block_capacity) if self.pins[i] != 0}
 
 
-cdef bint chain_step(BlockTable table, uint32_t *block, uint32_t *generation,
-                     uint32_t *slot) noexcept nogil:
-    """Slot of a block of a held chain, then move to its parent; False if the chain is broken here.
-
-    A root leaves `block` at KV_NONE, so that a further step is False.
-    """
-    cdef kv_block *b
-    cdef uint64_t word, placement
-    cdef uint32_t parent
-    if block[0] >= table.view.shape.block_capacity:
-        return False
-    b = &table.view.blocks[block[0]]
-    word = kv_u64_load_acquire(&b.word)
-    placement = kv_u64_load_acquire(&b.placement[KV_TIER_HOST])
-    if (kv_word_state(word) != KV_REGISTERED or kv_word_generation(word) != generation[0]
-            or kv_placement_state_of(placement) != KV_READY
-            or kv_placement_generation(placement) != generation[0]
-            or kv_placement_slot(placement) >= table.view.shape.host_slots):
-        return False
-    slot[0] = kv_placement_slot(placement)
-    parent = kv_u32_load_relaxed(&b.parent)
-    generation[0] = kv_u32_load_relaxed(&b.parent_generation)
-    block[0] = KV_NONE if parent == 0 else parent - 1
-    return True
+cdef void set_parent(Reservation *what, uint64_t ref) noexcept nogil:
+    what.parent = KV_NONE if ref == NO_REF else <uint32_t>ref
+    what.parent_generation = 0 if ref == NO_REF else <uint32_t>(ref >> 32)

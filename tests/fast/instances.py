@@ -127,8 +127,9 @@ def run_in_fork(check: Callable[[], object]) -> None:
         try:
             check()
             status = 0
-        except BaseException:
+        except Exception:
             traceback.print_exc()
+            raise
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -466,12 +466,9 @@ def test_a_forked_child_may_not_use_the_segment(make_instance: Make) -> None:
 
     def check() -> None:
         for use in USES:
-            try:
+            with pytest.raises(SegmentFault) as caught:
                 use(segment)
-            except SegmentFault as fault:
-                assert fault.kind == "closed"
-            else:
-                raise AssertionError(use)
+            assert caught.value.kind == "closed"
         now = snapshot()
         name = path_of(made.name).name
         assert (now.descriptors[name], now.mappings[name]) == (0, 0)
