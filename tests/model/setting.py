@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a scenario is put together: a segment, actors on its lines, and what is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from tests.model.blocks import Process
+from tests.model.cells import (
+    LEADER,
+    WORKER,
+    Seed,
+    Segment,
+    Sizes,
+)
+from tests.model.explore import Actions, Actor, Model
+from tests.model.invariants import check_always, check_end, check_step
+from tests.model.recovery import recover_after_crash, recover_after_each_crash
+from tests.model.rules import Rules
+
+# The digests of all scenarios and what comes before each in its chain.
+CHAINS = {"A": None, "B": "A", "C": "B", "X": None, "Y": "X"}
+Body = Callable[[Process], Actions]
+
+
+class Part(NamedTuple):
+    """An actor of a scenario: what it does, on which line, and what may happen to it."""
+
+    name: str
+    body: Body
+    leader: int
+    rank: int | None = None
+    crashes: bool = False
+    last: bool = False
+    idles: bool = False
+    attached: bool = True  # has its line from the start
+
+
+class Scenario(NamedTuple):
+    """A segment, the actors on it, and how many of them may die."""
+
+    name: str
+    about: str
+    sizes: Sizes
+    seeds: tuple[Seed, ...]
+    parts: tuple[Part, ...]
+    crashes: int = 0
+    end: bool = True  # check what must hold at the end
+
+
+def build(scenario: Scenario, rules: Rules, strict: bool = True) -> Model:
+    """Make the model of a scenario under some rules.
+
+    Without `strict` only outcomes are checked, not the table of transitions.
+    """
+    segment = Segment(scenario.sizes)
+    segment.seed(*scenario.seeds)
+    acting: list[Actor] = []
+    for number, part in enumerate(scenario.parts, start=1):
+        line = part.leader
+        if part.rank is not None:
+            line = segment.worker_line(part.leader, part.rank)
+        p = Process(segment, rules, number, line, part.leader, part.rank or 0)
+        if part.attached:
+            segment.initial[segment.lock[line]] = number
+            segment.initial[segment.role[line]] = LEADER if part.rank is None else WORKER
+        acting.append(Actor(part.name, _bind(part.body, p), part.crashes, part.last, part.idles))
+
+    def always(memory: Sequence[Any]) -> Iterable[str]:
+        return check_always(segment, CHAINS, memory)
+
+    def write(old: Any, new: Any) -> Iterable[str]:
+        return check_step(old, new) if strict else ()
+
+    def end(memory: Sequence[Any]) -> Iterable[str]:
+        return check_end(segment, CHAINS, memory) if scenario.end else ()
+
+    return Model(
+        segment.names,
+        segment.initial,
+        acting,
+        [*segment.lock, segment.recovery_lock],
+        segment.crashed,
+        always,
+        write,
+        end,
+        scenario.crashes,
+    )
+
+
+def _bind(body: Body, p: Process) -> Callable[[], Actions]:
+    return lambda: body(p)
+
+
+def survivor(leader: int) -> Part:
+    """A process that recovers when nothing else is left to happen."""
+    return Part("survivor", recover_after_each_crash, leader, last=True, idles=True)
+
+
+def recoverer(leader: int, crashes: bool = False) -> Part:
+    """A process that recovers as soon as somebody has died, while the others go on."""
+    return Part("recoverer", recover_after_crash, leader, crashes=crashes, idles=True)
+
+
+def part(name: str, actor: Callable[..., Actions], *arguments: Any, **where: Any) -> Part:
+    """An actor with its arguments, its place and what may happen to it."""
+    return Part(name, lambda p: actor(p, *arguments), **where)
