@@ -23,6 +23,9 @@ The tree::
       BlockError
         NotEnoughBlocks
         BlockStateError
+        TokenBlockError
+        ResetError
+        UnsupportedCacheLevel (ValueError)
       TransferError
       LeaderTimeout (TimeoutError)
 """
@@ -38,6 +41,7 @@ __all__ = [
     "KvbmError",
     "LeaderTimeout",
     "NotEnoughBlocks",
+    "ResetError",
     "SegmentAccessDenied",
     "SegmentClosed",
     "SegmentCorrupt",
@@ -45,8 +49,10 @@ __all__ = [
     "SegmentExists",
     "SegmentInUse",
     "SegmentNotFound",
+    "TokenBlockError",
     "TooManyLeaders",
     "TransferError",
+    "UnsupportedCacheLevel",
     "VersionMismatch",
 ]
 
@@ -252,6 +258,64 @@ class BlockStateError(BlockError):
 
     def __str__(self) -> str:
         return f"block {self.block} is {self.found}, needed is {self.expected}"
+
+
+class TokenBlockError(BlockError):
+    """Tokens do not fit what a block has room for or contains.
+
+    Parameters
+    ----------
+    kind
+        "full", "empty", "insufficient tokens", "incomplete" or "size".
+    message
+        The same with the numbers.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ResetError(BlockError):
+    """A pool cannot be reset because blocks of it are in use. Nothing was reset.
+
+    Parameters
+    ----------
+    total, available
+        Numbers of blocks; they would have to be equal.
+    """
+
+    def __init__(self, total: int, available: int) -> None:
+        super().__init__(total, available)
+        self.total = total
+        self.available = available
+
+    def __str__(self) -> str:
+        return f"blocks are in use: total blocks: {self.total}, available blocks: {self.available}"
+
+
+class UnsupportedCacheLevel(BlockError, ValueError):
+    """There is no pool of that level here.
+
+    Parameters
+    ----------
+    level
+        As it was given: "G1" device, "G2" host, "G3" disk.
+    why
+        Why not, and what is allowed.
+    """
+
+    def __init__(self, level: object, why: str) -> None:
+        super().__init__(level, why)
+        self.level = level
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"cache level {self.level!r}: {self.why}"
 
 
 class TransferError(KvbmError):

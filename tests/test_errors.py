@@ -81,6 +81,21 @@ EXAMPLES: list[tuple[KvbmError, dict[str, object], str]] = [
         {"block": 7, "found": "Partial", "expected": "Complete"},
         "block 7 is Partial, needed is Complete",
     ),
+    (
+        errors.TokenBlockError("full", "block 3 has 16 tokens"),
+        {"kind": "full", "message": "block 3 has 16 tokens"},
+        "block 3 has 16 tokens",
+    ),
+    (
+        errors.ResetError(total=8, available=5),
+        {"total": 8, "available": 5},
+        "blocks are in use: total blocks: 8, available blocks: 5",
+    ),
+    (
+        errors.UnsupportedCacheLevel("G4", "allowed is G2"),
+        {"level": "G4", "why": "allowed is G2"},
+        "cache level 'G4': allowed is G2",
+    ),
     (errors.TransferError("rank 1: text"), {}, "rank 1: text"),
     (
         errors.LeaderTimeout(30, [1, 3], 4),

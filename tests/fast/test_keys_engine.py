@@ -32,9 +32,7 @@ def test_hashes_are_read_when_asked_for_and_the_list_may_grow() -> None:
     assert keys.identity(0)[0] == b"b" * 16
 
 
-@given(
-    st.binary(min_size=32, max_size=32), st.binary(min_size=16, max_size=16), NUMBERS, NUMBERS
-)
+@given(st.binary(min_size=32, max_size=32), st.binary(min_size=16, max_size=16), NUMBERS, NUMBERS)
 def test_mix_group_and_epoch_change_the_digest_and_not_the_sequence_hash(
     block_hash: bytes, mix: bytes, group: int, epoch: int
 ) -> None:
@@ -47,7 +45,7 @@ def test_mix_group_and_epoch_change_the_digest_and_not_the_sequence_hash(
 @pytest.mark.parametrize("bad", [b"x" * 15, b"", 12345, None])
 def test_a_bad_hash_is_named_and_the_others_stay_usable(bad: object) -> None:
     keys = Keys([b"a" * 32, bad, b"c" * 32])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="block hash 1 is .*; 16 bytes or more are needed"):
+    with pytest.raises(ValueError, match=r"block hash 1 is .*; 16 bytes or more are needed"):
         keys.identity(1)
     assert keys.identity(2)[0] == b"c" * 16
 
