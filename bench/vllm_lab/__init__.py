@@ -9,6 +9,7 @@ counters   the engine's and kvbm's counters
 results    what comes back
 compare    equal outputs or where they part
 faults     what tests do to a cache to see that the comparison can fail
+probes     what tests ask of an engine beyond requests
 
 Nothing here imports vLLM or torch in the caller's process.
 """

@@ -74,18 +74,3 @@ def _layer_and_cached_blocks(llm: Any, layer: int) -> tuple[Any, list[int]]:
     pool = core.scheduler.kv_cache_manager.block_pool
     cached = [block.block_id for block in pool.blocks if block.block_hash is not None]
     return worker.model_runner.kv_caches[layer], cached
-
-
-def blocks_in_use(llm: Any) -> int:
-    """Device blocks held by requests once the engine has nothing to do (engine in this process).
-
-    Blocks whose copy is in flight are given back in later steps, so the engine is stepped until it
-    says that it has finished everything; a request that never ends shows as a block in use.
-    """
-    core = llm.llm_engine.engine_core.engine_core
-    for _ in range(10_000):
-        if not core.scheduler.has_requests():
-            break
-        core.step_fn()
-    pool = core.scheduler.kv_cache_manager.block_pool
-    return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())

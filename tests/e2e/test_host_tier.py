@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
-from bench.vllm_lab.faults import blocks_in_use
+from bench.vllm_lab.probes import abort_after_steps, blocks_in_use
 from bench.vllm_lab.results import RunResult
 from bench.vllm_lab.workload import Call, Chat, Replay, ResetPrefixCache
 from tests.e2e.lab import (
+    LAST_TURN,
     TRAFFIC,
     Lab,
     assert_same_outputs,
@@ -17,6 +20,10 @@ from tests.e2e.lab import (
     requests_with_generated_tokens_reused,
     reusable_tokens,
 )
+
+# At the first step loads are submitted, in the next ones they run, then prompts are computed.
+ABORT_AFTER_STEPS = (1, 2, 3, 8)
+WHOLE = ("chat", "again", "after reset", "from host")  # phases with all of the traffic
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -33,12 +40,18 @@ def run(lab: Lab) -> RunResult:
         Replay("after reset", "chat"),
         ResetPrefixCache("device reset", connector=False),
         Replay("from host", "chat"),
+        *(
+            Call(f"abort after {steps}", abort_after_steps, (lab.last_prompts()[:4], steps))
+            for steps in ABORT_AFTER_STEPS
+        ),
+        Call("in use after aborts", blocks_in_use),
+        Replay("after aborts", "chat", turns=(LAST_TURN,)),
         Call("in use at the end", blocks_in_use),
     )
 
 
 def test_outputs_are_those_of_an_engine_without_kvbm(lab: Lab, run: RunResult) -> None:
-    phases = [run[name] for name in ("chat", "again", "after reset", "from host")]
+    phases = [run[name] for name in (*WHOLE, "after aborts")]
     assert_same_outputs(lab.reference(), *phases)
 
 
@@ -47,13 +60,14 @@ def test_the_device_cache_is_evicted_several_times(lab: Lab, run: RunResult) -> 
 
 
 def test_blocks_come_back_from_the_host(run: RunResult) -> None:
-    for name in ("chat", "again", "after reset", "from host"):
+    for name in WHOLE:
         assert run[name].tier_hit_tokens()["host"] == run[name].external_hit_tokens > 0
+        assert run[name].kvbm_counters["kvbm_matched_tokens"] == run[name].external_hit_tokens
 
 
 def test_almost_all_that_was_computed_before_is_reused(run: RunResult) -> None:
     # Not all: a block may be asked for while its copy to the host is in flight.
-    for name in ("chat", "again", "after reset", "from host"):
+    for name in WHOLE:
         assert cached_tokens(run[name]) >= 0.95 * reusable_tokens(run[name])
 
 
@@ -64,6 +78,21 @@ def test_generated_tokens_are_reused_in_the_next_turn(run: RunResult) -> None:
 
 def test_device_blocks_are_held_by_nobody_when_the_engine_is_idle(run: RunResult) -> None:
     assert (run["in use"].value, run["in use at the end"].value) == (0, 0)
+
+
+def test_aborts_while_loading_leave_no_device_block_held(run: RunResult) -> None:
+    assert [run[f"abort after {steps}"].value for steps in ABORT_AFTER_STEPS] == [4] * 4
+    assert run["in use after aborts"].value == 0
+
+
+def test_no_copy_fails(run: RunResult) -> None:
+    counted: Counter[str] = Counter()
+    for name in WHOLE:  # not those with aborts, which cancel copies
+        counted.update(run[name].kvbm_counters)
+    assert counted["kvbm_offload_blocks_d2h"] > 0
+    assert counted["kvbm_onboard_blocks_h2d"] > 0
+    failures = ("kvbm_offload_failures", "kvbm_onboard_failures", "kvbm_errors")
+    assert [counted[name] for name in failures] == [0, 0, 0]
 
 
 def test_reset_forgets_the_host_tier(run: RunResult) -> None:

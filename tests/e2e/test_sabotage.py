@@ -49,4 +49,5 @@ def test_the_engine_recomputes_what_the_guard_refuses(lab: Lab) -> None:
     run = run_with_corrupt_copies(lab, guard=True)
     assert run["corrupt"].value > 0
     assert run["after"].external_hit_tokens > 0
+    assert run["after"].kvbm_counters["kvbm_onboard_failures"] > 0
     assert_same_outputs(lab.reference(), *(run[n] for n in ("chat", "before", "after", "healed")))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.vllm_lab.faults import blocks_in_use
+from bench.vllm_lab.probes import blocks_in_use
 from bench.vllm_lab.results import RunResult
 from bench.vllm_lab.workload import Call, Chat, Replay
 from tests.e2e.lab import (
@@ -70,5 +70,6 @@ def test_outputs_are_equal_while_the_host_tier_evicts(lab: Lab) -> None:
     )
     assert_same_outputs(lab.reference(), run["chat"], run["again"], run["once more"])
     assert sum(phase.external_hit_tokens for phase in run.phases.values()) > 0
+    assert sum(phase.kvbm_counters["kvbm_evicted_blocks"] for phase in run.phases.values()) > 0
     # Everything would have been found if nothing had been evicted.
     assert cached_tokens(run["once more"]) < 0.9 * reusable_tokens(run["once more"])
