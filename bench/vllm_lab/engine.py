@@ -118,8 +118,7 @@ class EngineRun:
     @property
     def pid(self) -> int:
         """Process id of the engine's front end, which is also the id of its process group."""
-        assert self._process.pid is not None
-        return self._process.pid
+        return int(self._process.pid)
 
     def processes(self) -> list[int]:
         """Ids of the live processes of this engine."""
@@ -242,7 +241,7 @@ def cuda_available() -> bool:
 
 def stop_server() -> None:
     """End the process that engines are forked from; the next engine starts another one."""
-    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = multiprocessing.forkserver._forkserver
     if server._forkserver_pid is not None:
         os.kill(
             server._forkserver_pid, signal.SIGKILL

@@ -40,6 +40,6 @@ def abort_after_steps(llm: Any, prompts: Sequence[Prompt], steps: int) -> int:
     sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
     for name, prompt in zip(names, prompts, strict=True):
         engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt.tokens)), sampling)
-    finished = sum(output.finished for _ in range(steps) for output in engine.step())
+    finished = sum(bool(output.finished) for _ in range(steps) for output in engine.step())
     engine.abort_request(names)
     return len(names) - finished
