@@ -25,6 +25,7 @@ from kvbm.fingerprint import Fingerprint
 from kvbm.instance import engine_key, private_instance, remove_dead_private_instances
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
+from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of
 from kvbm.worker import Worker, WorkerPlace
 
@@ -246,7 +247,8 @@ class KvbmWorker:
             nccl_comm_ref=nccl_comm_ref,
         )
         named = _named(tensors)
-        _check_tensors(named.values(), dtype_width_bytes)
+        _check_elements(named.values(), dtype_width_bytes)
+        device = _device_of(named.values())
         ranks = 1 if world_size is None else world_size
         if not 1 <= ranks <= MAX_RANKS:
             raise ConfigError(f"world_size={world_size} is not valid (allowed: 1 to {MAX_RANKS})")
@@ -266,6 +268,7 @@ class KvbmWorker:
             self.settings,
             [geometry_of(named, num_device_blocks)],
             keep_alive=named,
+            device=device,
         )
         close_at_exit(self, self.close)
 
@@ -291,12 +294,23 @@ def _named(tensors: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     return {f"layers.{number}": tensor for number, tensor in enumerate(tensors)}
 
 
-def _check_tensors(tensors: Iterable[Any], dtype_width_bytes: int) -> None:
+def _check_elements(tensors: Iterable[Any], dtype_width_bytes: int) -> None:
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"tensors on {tensor.device} are not supported: allowed is cpu")
         if tensor.element_size() != dtype_width_bytes:
             raise ConfigError(
                 f"dtype_width_bytes={dtype_width_bytes} is not valid: the tensors have elements of "
                 f"{tensor.element_size()} bytes"
             )
+
+
+def _device_of(tensors: Iterable[Any]) -> Device:
+    """Device that all tensors are on."""
+    devices = {(str(tensor.device.type), tensor.device.index) for tensor in tensors}
+    if len(devices) != 1:
+        raise ConfigError(f"tensors on devices {sorted(map(str, devices))}: allowed is one")
+    kind, index = devices.pop()
+    if kind != "cuda":
+        return Device(kind)
+    from kvbm.torch_memory import cuda_device
+
+    return cuda_device(index)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory from torch, on a GPU where there is one and else on the CPU."""
+"""What is asked of torch: memory on a GPU where there is one, and the stream that it works on."""
 
 import torch
 
 from kvbm.block_memory import BlockShape
 from kvbm.errors import ConfigError
+from kvbm.transfer.backends import Device
 
 _TORCH = {
     "fp8": torch.uint8,
@@ -38,3 +39,9 @@ def allocate(num_blocks: int, shape: BlockShape, device_id: int) -> torch.Tensor
             raise ConfigError(f"device_id={device_id} is not valid (allowed: 0 to {count - 1})")
         device = f"cuda:{device_id}"
     return torch.zeros((num_blocks, *shape.axes), dtype=_TORCH[shape.element.name], device=device)
+
+
+def cuda_device(index: int | None) -> Device:
+    """GPU of a tensor (None: torch's current one), with the stream of the thread that asks."""
+    ordinal = torch.cuda.current_device() if index is None else index
+    return Device("cuda", ordinal, lambda: int(torch.cuda.current_stream(ordinal).cuda_stream))

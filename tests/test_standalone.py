@@ -242,3 +242,24 @@ def test_tensors_may_have_names(engine_id: str) -> None:
     assert KvbmLeader(1, engine_id=engine_id).wait()[0].bytes_per_block == 2 * 2 * PAGE * 8 * 2
     worker.close()
     worker.close()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([], "devices"),
+        ([torch.zeros((BLOCKS, 2, PAGE, 8), dtype=torch.float16, device="meta")], "'meta'"),
+        (
+            [
+                torch.zeros((BLOCKS, 2, PAGE, 8), dtype=torch.float16, device=d)
+                for d in ("cpu", "meta")
+            ],
+            "allowed is one",
+        ),
+    ],
+)
+def test_tensors_are_on_one_device_that_is_served(
+    tensors: list[Any], message: str, engine_id: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KvbmWorker(BLOCKS, PAGE, tensors, engine_id=engine_id)
