@@ -173,6 +173,7 @@ class BlockPool:
         self._memory = memory
         self._closed = closed
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._returned: deque[tuple[int, bool]] = deque()
         self._live = 0
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()
@@ -224,10 +225,10 @@ class BlockPool:
                 table.abandon_reserved([ref for ref, _ in taken])
                 raise NotEnoughBlocks(count, len(taken))
             self._live += count
-        return [
-            Block(Hold(self, ref, slot, False), self._page_size, self._memory, None)
-            for ref, slot in taken
-        ]
+            return [
+                Block(Hold(self, ref, slot, False), self._page_size, self._memory, None)
+                for ref, slot in taken
+            ]
 
     def _reserve(self, keys: Keys, taken: list[tuple[int, int]]) -> bool:
         """Reserve what is missing; False if nothing came, which a recovery may be the cause of."""
@@ -389,8 +390,9 @@ class BlockPool:
     # ---- returns -------------------------------------------------------------------------------
     def give_back(self, ref: int, registered: bool) -> None:
         """Return a place; called when a `Hold` goes away, in any thread, inside any call."""
-        self._returned.append((ref, registered))
-        self._settle_returns()
+        if os.getpid() == self._pid:  # else a forked child's copy, whose places are the parent's
+            self._returned.append((ref, registered))
+            self._settle_returns()
 
     def _settle_returns(self) -> None:
         """Handle returns, unless a call is under way, which will do it before it ends."""
@@ -454,6 +456,8 @@ class BlockPool:
             Do not wait for blocks: what tensors show may then be overwritten. For the end of the
             process.
         """
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._closing = True
             self._take_returns()

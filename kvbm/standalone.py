@@ -20,7 +20,7 @@ from typing import Any
 
 from kvbm._fast.segment import MAX_RANKS, Segment, segment_bytes
 from kvbm.config import Settings, load_settings
-from kvbm.errors import ConfigError
+from kvbm.errors import BlockError, ConfigError
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import engine_key, private_instance, remove_dead_private_instances
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
@@ -130,21 +130,25 @@ class KvbmLeader:
         ConfigError
             The tier does not fit.
         SegmentError
-            The segment cannot be used, or this leader has it open already.
+            The segment cannot be used.
+        BlockError
+            This leader has it open: what a leader holds is counted in one place.
         """
         if self._segment is not None:
-            if self._segment.shape.block_tokens != page_size:
-                raise ConfigError(
-                    f"page_size={page_size} is not valid: this leader's blocks have "
-                    f"{self._segment.shape.block_tokens} tokens"
-                )
-            return self._segment
+            raise BlockError(
+                f"this leader has {self._segment.name} open: one BlockManager a leader"
+            )
         headers = self.wait()
         remove_dead_private_instances()
         self._segment = open_segment(
             self.settings, self.instance, self.engine_id, headers, page_size
         )
         close_at_exit(self, self.close)
+        return self._segment
+
+    @property
+    def segment(self) -> Segment | None:
+        """What `open` has opened."""
         return self._segment
 
     def close(self) -> None:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from kvbm._fast.recovery import recover
 
+from kvbm._fast.recovery import recover
 from kvbm._fast.token_chain import TokenBlock
 from kvbm.block import Block, BlockState
 from kvbm.errors import BlockError, BlockStateError, NotEnoughBlocks, ResetError
@@ -344,3 +345,18 @@ def test_threads_may_share_a_pool(pool: BlockPool) -> None:
     assert wait_until(lambda: not any(t.is_alive() for t in threads), 60)
     assert failures == []
     assert pool.available_blocks == 8
+
+
+def test_a_forked_child_returns_nothing_of_its_parent(pool: BlockPool) -> None:
+    blocks = register(pool, blocks_of(2)) + pool.allocate_blocks(1)
+    child = os.fork()
+    if child == 0:
+        try:
+            del blocks
+            pool.close(force=True)
+            os._exit(0)
+        except BaseException:  # noqa: BLE001
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pool.status() == BlockPoolStatus(2, 0, 5)
+    assert len(blocks) == 3

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvbm.block_manager import BlockManager
-from kvbm.errors import ConfigError, GeometryError, LeaderTimeout, NotEnoughBlocks
+from kvbm.errors import BlockError, ConfigError, GeometryError, LeaderTimeout, NotEnoughBlocks
 from kvbm.hashing import token_chain
 from kvbm.standalone import KvbmLeader, KvbmWorker, default_engine_id
 from tests.leaks import wait_until
@@ -92,7 +92,8 @@ def test_a_manager_over_two_workers_has_their_pools(
     assert manager.block_size() == PAGE
     assert manager.device_pool.total_blocks == BLOCKS
     assert manager.host_pool.total_blocks == 10
-    segment = leader.open(PAGE)
+    segment = leader.segment
+    assert segment is not None
     assert wait_until(lambda: min(segment.ready_slots(rank) for rank in range(2)) == 10)
     blocks = manager.allocate_host_blocks_blocking(10)
     with pytest.raises(NotEnoughBlocks):
@@ -186,12 +187,15 @@ def test_a_leader_and_workers_that_count_differently_are_refused(
     assert len(workers) == 2
 
 
-def test_a_leader_has_one_page_size(workers: list[KvbmWorker], engine_id: str) -> None:
+def test_a_leader_has_one_manager_at_a_time(workers: list[KvbmWorker], engine_id: str) -> None:
     leader = KvbmLeader(2, engine_id=engine_id)
-    assert leader.open(PAGE) is leader.open(PAGE)
-    with pytest.raises(ConfigError, match=r"page_size=8 is not valid: .* have 4 tokens"):
-        leader.open(8)
-    leader.close()
+    manager = BlockManager(0, leader, PAGE)
+    with pytest.raises(BlockError, match="one BlockManager a leader"):
+        BlockManager(1, leader, PAGE)
+    assert manager.host_pool.total_blocks == 10
+    manager.close()
+    assert leader.segment is None
+    BlockManager(2, leader, PAGE).close()
     leader.close()
     assert len(workers) == 2
 
