@@ -218,8 +218,17 @@ class Leader:
         self._not_loaded.update(not_loaded)
         for request_id in request_ids:
             sequence = self._loading.pop(request_id, None)
-            if sequence is not None:
+            if sequence is None:
+                continue
+            try:
                 self._load_ended(sequence)
+            except Exception:  # the other requests' loads have ended all the same
+                logger.exception("request %s: noting the end of its load failed", request_id)
+                self.table.count("errors", 1)
+                self._uncollected += sequence.loads
+                sequence.loads, sequence.loading = [], False
+                sequence.stale = True
+                self.drop_match(sequence)
         if not self._loading:
             self._not_loaded.clear()
 

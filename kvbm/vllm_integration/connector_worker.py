@@ -8,7 +8,9 @@ from kvbm.errors import ConfigError
 from kvbm.step import StepMetadata
 from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of_groups
+from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.engine import at_exit, check_model, instance_of, settings_of
+from kvbm.vllm_integration.stats import WORKER_ERRORS, KvbmStats
 from kvbm.worker import Worker, WorkerPlace
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class KvConnectorWorker:
         self._vllm_config = vllm_config
         self._worker: Worker | None = None
         self._load_errors: set[int] = set()
+        self._surprises = 0
 
     def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
         """Find the geometry of the KV cache and begin to work.
@@ -112,6 +115,17 @@ class KvConnectorWorker:
         """Device blocks that did not arrive, told once."""
         errors, self._load_errors = self._load_errors, set()
         return errors
+
+    def count_error(self) -> None:
+        """Count a hook that failed."""
+        self._surprises += 1
+
+    def stats(self) -> KvbmStats | None:
+        """Surprises on this rank since the last report: all else is counted in the segment."""
+        if self._surprises:
+            surprises, self._surprises = self._surprises, 0
+            return KvbmStats.of({WORKER_ERRORS: surprises}, {})
+        return KvbmStats() if compat.STATS_NEED_A_WORKER else None
 
     def close(self) -> None:
         """Stop and detach; may be called twice."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvbm's counters in vLLM's own statistics: its log line and its `/metrics`.
 
-The counters are in the segment, so the scheduler side can read those of all ranks; what it gives to
-vLLM is how far they moved. vLLM hands that to its front end, which logs `reduce()` every ten
-seconds and calls `KvbmPromMetrics.observe`. The first three names are those of Dynamo's KVBM.
+The counters are in the segment, so the scheduler side can read those of all ranks. What it gives to
+vLLM is how far they moved since its last report, for the log line that `reduce` makes every ten
+seconds, and how far since its start, for Prometheus: vLLM before 0.28 drops the statistics of steps
+without output (those in which a load is all that happens), and the next report makes up for that.
+The first three names of metrics are those of Dynamo's KVBM.
 """
 
 import time
@@ -47,26 +49,43 @@ METRICS: dict[str, tuple[str, float, str]] = {
 """Metric: counter of the segment, factor, meaning."""
 
 
+MOVED, TOTAL = "moved", "total"
+WORKER_ERRORS = "worker_errors"
+
+
 class KvbmStats(KVConnectorStats):
-    """How far the counters moved; `data` maps names of the segment's counters to numbers."""
+    """How far the counters moved.
+
+    `data` has two dicts of counter names to numbers: `moved` since the last report, `total` since
+    the start of the engine.
+    """
 
     def reset(self) -> None:
         """Begin at zero."""
-        self.data: dict[str, int] = {}
+        self.data: dict[str, dict[str, int]] = {}
+
+    @classmethod
+    def of(cls, moved: dict[str, int], total: dict[str, int]) -> "KvbmStats":
+        """Statistics with these numbers."""
+        return cls(data={MOVED: moved, TOTAL: total})
 
     def is_empty(self) -> bool:
         """Return whether nothing moved."""
-        return not any(self.data.values())
+        return not any(self.data.get(MOVED, {}).values())
 
     def aggregate(self, other: KVConnectorStats) -> "KvbmStats":
         """Add what another process or a later moment reported."""
-        for name, value in other.data.items():
-            self.data[name] = self.data.get(name, 0) + value
+        moved = self.data.setdefault(MOVED, {})
+        for name, value in other.data.get(MOVED, {}).items():
+            moved[name] = moved.get(name, 0) + value
+        total = self.data.setdefault(TOTAL, {})
+        for name, value in other.data.get(TOTAL, {}).items():
+            total[name] = max(total.get(name, 0), value)
         return self
 
     def reduce(self) -> dict[str, int | float]:
         """What the log line shows: blocks, hit rate, throughput of copies."""
-        data = self.data
+        data = self.data.get(MOVED, {})
         shown: dict[str, int | float] = {
             "blocks stored": data.get("blocks_stored", 0),
             "blocks loaded": data.get("blocks_loaded", 0),
@@ -81,7 +100,7 @@ class KvbmStats(KVConnectorStats):
         ):
             if data.get(ns_name):
                 shown[what] = round(data.get(bytes_name, 0) / data[ns_name], 2)
-        for name in ("stores_failed", "loads_failed", "errors"):
+        for name in ("stores_failed", "loads_failed", "errors", WORKER_ERRORS):
             if data.get(name):
                 shown[name.replace("_", " ")] = data[name]
         return shown
@@ -99,7 +118,7 @@ class StatsReader:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._names = sorted({counter for counter, _, _ in METRICS.values()})
-        self._last = self._counters()
+        self._first = self._last = self._counters()
         self._at = 0.0
 
     def _counters(self) -> dict[str, int]:
@@ -123,7 +142,7 @@ class StatsReader:
         if not moved:
             return None
         self._at, self._last = now, counters
-        return KvbmStats(data=moved)
+        return KvbmStats.of(moved, {name: counters[name] - self._first[name] for name in moved})
 
 
 class KvbmPromMetrics(KVConnectorPromMetrics):
@@ -150,6 +169,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter = metric_types[Counter]
+        self._seen: dict[tuple[str, int], int] = {}
         self._counters: dict[str, dict[int, Any]] = {}
         for name, (_, _, meaning) in METRICS.items():
             metric = counter(name=name, documentation=meaning, labelnames=labelnames)
@@ -158,8 +178,13 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
             }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Count what a `KvbmStats.data` says."""
+        """Count what a `KvbmStats.data` says beyond what was counted before."""
+        total = transfer_stats_data.get(TOTAL, {})
         for name, (source, factor, _) in METRICS.items():
-            moved = transfer_stats_data.get(source, 0)
-            if moved > 0:
-                self._counters[name][engine_idx].inc(moved * factor)
+            new = total.get(source, 0) - self._seen.get((source, engine_idx), 0)
+            if new > 0:
+                self._seen[source, engine_idx] = total[source]
+                self._counters[name][engine_idx].inc(new * factor)
+        surprises = transfer_stats_data.get(MOVED, {}).get(WORKER_ERRORS, 0)
+        if surprises > 0:
+            self._counters["kvbm_errors"][engine_idx].inc(surprises)

@@ -3,12 +3,14 @@
 
 They run in the engine's process, where engine core and worker are too, so that a test can look at
 the scheduler between two steps and hold the copy thread still: "while it loads" and "while it
-stores" are then states that last, not moments that have to be met.
+stores" are then states that last, not moments that have to be met. (vLLM before 0.22 has the
+worker in a process of its own always: there nothing can be held, and the moments may be missed.)
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,15 +145,18 @@ class Driver:
     # ---- the copy thread -------------------------------------------------------------------------
     @property
     def worker(self) -> Any:
-        """The worker of this process."""
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        """The worker of this process, None if it is in another one."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        return get_kv_transfer_group()._worker._worker
+        return get_kv_transfer_group()._worker._worker if has_kv_transfer_group() else None
 
     @contextmanager
     def copies_held(self) -> Iterator[None]:
-        """Let no copy begin inside."""
+        """Let no copy begin inside, if the worker is in this process."""
         worker = self.worker
+        if worker is None:
+            yield
+            return
         assert worker.loop is not None
         still = StillLoop(worker.loop)
         worker.loop = still
@@ -166,6 +171,7 @@ class Driver:
         self.lives.facts["in use"] = self.drain()
         self.lives.facts["held"] = len(self.side.leader.table.held())
         self.lives.facts["errors"] = self.counter("errors")
+        self.lives.facts["could hold"] = self.worker is not None
         leader = self.side.leader
         self.lives.facts["tracked"] = len(leader.sequences) + len(leader._storing)
         return self.lives
@@ -397,6 +403,9 @@ def paused(driver: Driver, prompt: Tokens) -> None:
     driver.abort("aborted")
     driver.drain()
     driver.core.pause_scheduler("abort", clear_cache=True)
+    if "reset_connector" not in inspect.signature(driver.core._reset_caches).parameters:
+        # vLLM before 0.22 empties its own cache only; the manual says what to call in addition.
+        driver.llm.reset_prefix_cache(reset_connector=True)
     driver.core.resume_scheduler()
     driver.add("after", prompt)
     driver.finish()

@@ -153,7 +153,7 @@ def test_ended_while_storing(run: RunResult, expected: Expected, how: str) -> No
     one, two, *_ = expected.prompts
     assert_outputs(lived, expected, one, ["again"] if how == "aborted" else ["storing", "again"])
     assert_outputs(lived, expected, two, ["other"])
-    assert lived.facts["kept"]
+    assert lived.facts["kept"] or not lived.facts["could hold"]
     assert lived.facts["cached"] == expected.whole_blocks(one)
 
 

@@ -117,8 +117,9 @@ class DynamoConnector(KVConnectorBase_V1):
 
     def count_error(self) -> None:
         """Count a hook that failed."""
-        if self._leader is not None:
-            self._leader.count_error()
+        for side in (self._leader, self._worker):
+            if side is not None:
+                side.count_error()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -248,7 +249,7 @@ class DynamoConnector(KVConnectorBase_V1):
         """What moved since the last call; the scheduler side reads the counters of all ranks."""
         if self._leader is not None:
             return self._leader.stats()
-        return KvbmStats() if compat.STATS_NEED_A_WORKER else None
+        return None if self._worker is None else self._worker.stats()
 
     # ---- without an instance ---------------------------------------------------------------------
     @classmethod
