@@ -9,7 +9,8 @@ cdef enum CopyStatus:
     COPY_DONE = 0
     COPY_FAILED = 1         # failed_row says which row first
     COPY_STOPPED = 2        # the operation was cancelled; rows before failed_row are complete
-    COPY_RUNNING = 3        # the copies are under way; poll says when they have ended
+    COPY_RUNNING = 3        # all copies are on a stream; poll says when they have ended
+    COPY_SUBMITTING = 4     # some are not yet: poll goes on with them
 
 cdef enum:
     DEPTH_MAX = 8           # operations of one kind that a backend may have under way
@@ -22,7 +23,8 @@ cdef class CopyBackend:
 
     # ---- copy thread, without the GIL ------------------------------------------------------------
     # Begin to copy all rows of `op` under a free place. `digests` are (lo, hi) of each row's block,
-    # valid during the call. Any status; COPY_RUNNING keeps the place until poll gives another one.
+    # valid during the call; `context` is valid until the operation has ended. Any status;
+    # COPY_RUNNING and COPY_SUBMITTING keep the place until poll gives another one.
     cdef int submit(self, uint32_t place, const kv_operation *op, const uint64_t *digests,
                     StopCheck should_stop, void *context, uint32_t *failed_row) noexcept nogil
     cdef int poll(self, uint32_t place, uint32_t *failed_row) noexcept nogil

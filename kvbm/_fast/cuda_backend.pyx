@@ -2,8 +2,8 @@
 """Copies between a KV cache on a CUDA device and the host arena, by the device's copy engines.
 
 Two streams, one for loads and one for stores, at the lowest priority and never synchronized with.
-An operation is submitted to one of them, behind a wait for the place in the engine's stream that it
-must come after, and followed by an event; it has ended when the event has. Nobody waits for it.
+An operation goes to one of them, behind a wait for the place in the engine's stream that it must
+come after, and is followed by an event; it has ended when the event has. Nobody waits for it.
 
     engine's stream   ... forward s-1 | bind s | forward s | fill s | ...
                                          |                    |
@@ -14,10 +14,10 @@ must come after, and followed by an event; it has ended when the event has. Nobo
 events of a step are reused MARKS steps later; a copy that is so late waits for the younger step,
 which is more than it must and never less.
 
-How bytes go (kvbm/transfer/method.py has the figures and the choice): rows are coalesced into runs,
-a run is one piece a region. Pieces are submitted many at a time (cuMemcpyBatchAsync), or, where the
-regions lie at one pitch inside one allocation, as one 2D copy a run. A batch of loads may read its
-source at once, the arena is complete; a batch of stores reads in stream order.
+An operation is submitted in chunks, and only a few chunks lie on a stream at a time: a copy engine
+takes its copies in order, so the few bytes that the engine itself copies in each step (tokens and
+tables in, samples out) wait for what is on the stream, and for no more. `poll` submits the next
+chunk when the oldest has ended, and looks before each whether the operation is to stop.
 
 Slot headers are written by this thread, before the submission and when the event has ended. After
 FAILURES_MAX errors in a row the backend gives up: it fails every operation from there on.
@@ -26,7 +26,7 @@ import logging
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from kvbm._fast.atomics cimport kv_u64_load_acquire, kv_u64_store_release
 from kvbm._fast.backend cimport (
@@ -34,6 +34,8 @@ from kvbm._fast.backend cimport (
     COPY_FAILED,
     COPY_RUNNING,
     COPY_STOPPED,
+    COPY_SUBMITTING,
+    DEPTH_MAX,
     PLACES,
     CopyBackend,
     StopCheck,
@@ -56,21 +58,14 @@ from kvbm._fast.copy cimport (
 )
 from kvbm._fast.cuda_device cimport (
     KV_CU_EVENT_DISABLE_TIMING,
-    KV_CU_INVALID_VALUE,
-    KV_CU_MEMORY_DEVICE,
-    KV_CU_MEMORY_HOST,
     KV_CU_NOT_READY,
-    KV_CU_NOT_SUPPORTED,
-    KV_CU_ORDER_ANY,
-    KV_CU_ORDER_STREAM,
     KV_CU_STREAM_NON_BLOCKING,
     KV_CU_SUCCESS,
     CudaDevice,
-    kv_cu_batch_attribute,
-    kv_cu_copy_2d,
     kv_cu_event,
     kv_cu_stream,
 )
+from kvbm._fast.cuda_pieces cimport SEGMENTS_MAX, CudaPieces, Group
 from kvbm._fast.layout cimport KV_ROWS, KV_STORE, kv_operation, kv_row
 
 logger = logging.getLogger("kvbm.cuda")
@@ -90,7 +85,7 @@ cdef class CudaBackend(CopyBackend):
     copiers : list of HostCopier
         One a KV-cache group, in order, whose regions have addresses on the device.
     methods : sequence of CopyMethod
-        One a group: (pitch_bytes, pitched_below_bytes, load_segments, store_segments), from
+        One a group: (pitch_bytes, pitched_below_bytes, segments, chunk_bytes, chunks_ahead), from
         `kvbm.transfer.method`.
     checksum : bool
         Write a checksum of the arena's bytes with each stored slot, and verify it with each loaded
@@ -115,30 +110,31 @@ cdef class CudaBackend(CopyBackend):
         self.cuda = &device.cuda
         self.copiers = list(copiers)
         self.flags = KV_COPY_WITH_CHECKSUM if checksum else 0
-        self.use_batches = self.cuda.copy_batch != NULL
+        self.pieces = CudaPieces(device)
         self.group_count = <uint32_t>len(copiers)
         self.groups = <Group *>calloc(self.group_count, sizeof(Group))
         self.tickets = <Ticket *>calloc(PLACES, sizeof(Ticket))
-        self.batch = <Batch *>calloc(1, sizeof(Batch))
-        if self.groups == NULL or self.tickets == NULL or self.batch == NULL:
+        if self.groups == NULL or self.tickets == NULL:
             raise MemoryError("no memory for a backend's tables")
-        for i, (pitch, below, load_segments, store_segments) in enumerate(methods):
-            if not (0 < load_segments <= SEGMENTS_MAX and 0 < store_segments <= SEGMENTS_MAX):
-                raise ValueError(f"load_segments={load_segments}, store_segments={store_segments} "
-                                 f"are not allowed: 1 to {SEGMENTS_MAX}")
+        for i, (pitch, below, segments, chunk_bytes, ahead) in enumerate(methods):
+            if not (0 < segments <= SEGMENTS_MAX and 0 < chunk_bytes and 0 < ahead < CHUNKS_MAX):
+                raise ValueError(
+                    f"segments={segments}, chunk_bytes={chunk_bytes}, chunks_ahead={ahead} are not "
+                    f"allowed: 1 to {SEGMENTS_MAX}, 1 or more, 1 to {CHUNKS_MAX - 1}")
             copier = copiers[i]
             self.groups[i].copier = &copier.copier
             self.groups[i].pitch = pitch
             self.groups[i].pitched_below = below
-            self.groups[i].load_segments = load_segments
-            self.groups[i].store_segments = store_segments
+            self.groups[i].segments = segments
+            self.groups[i].chunk_rows = max(
+                1, min(KV_ROWS, chunk_bytes // copier.copier.block_bytes))
+            self.chunks_ahead = ahead
         self.block_bytes = self.groups[0].copier.block_bytes
         CudaBackend_open(self)
 
     def __dealloc__(self):
         free(self.groups)
         free(self.tickets)
-        free(self.batch)
 
     @property
     def is_switched_off(self) -> bool:
@@ -152,7 +148,7 @@ cdef class CudaBackend(CopyBackend):
 
     def statistics(self) -> dict[str, int]:
         """What has been submitted: calls of the driver, pieces, blocks, and time in nanoseconds."""
-        return {"calls": self.calls, "pieces": self.pieces, "blocks": self.blocks,
+        return {"calls": self.pieces.calls, "pieces": self.pieces.pieces, "blocks": self.blocks,
                 "submit_ns": self.submit_ns}
 
     def close(self) -> None:
@@ -166,195 +162,141 @@ cdef class CudaBackend(CopyBackend):
     cdef int submit(self, uint32_t place, const kv_operation *op, const uint64_t *digests,
                     StopCheck should_stop, void *context, uint32_t *failed_row) noexcept nogil:
         cdef Ticket *ticket = &self.tickets[place]
-        cdef bint is_store = op.kind == KV_STORE
-        cdef kv_cu_stream stream = self.store_stream if is_store else self.load_stream
-        cdef uint64_t began = monotonic_ns()
+        cdef Direction *direction
         cdef int error
         failed_row[0] = 0
         if self.off or op.group >= self.group_count or op.row_count > KV_ROWS:
             return COPY_FAILED
-        ticket.kind = op.kind
-        ticket.group = op.group
-        ticket.count = op.row_count
-        memcpy(ticket.rows, op.rows, ticket.count * sizeof(kv_row))
-        memcpy(ticket.digests, digests, 2 * ticket.count * sizeof(uint64_t))
         error = self.cuda.context_set(self.device.context)
         if error != KV_CU_SUCCESS:
             self.failed("cuCtxSetCurrent", error)
             return COPY_FAILED
-        if not self.wait_for_step(op.step, &self.filled if is_store else &self.bound, stream):
-            return COPY_FAILED
-        ticket.result = self.copy_ticket(ticket, stream, should_stop, context)
-        # Also after an error: what was submitted before it must have ended before the place, and
-        # the memory of its slots, is used again.
-        error = self.cuda.event_record(ticket.ended, stream)
-        self.submit_ns += monotonic_ns() - began
-        if error != KV_CU_SUCCESS:
-            self.failed("cuEventRecord", error)
-            return COPY_FAILED
-        self.blocks += ticket.end_row
-        return COPY_RUNNING
-
-    cdef int copy_ticket(self, Ticket *ticket, kv_cu_stream stream, StopCheck should_stop,
-                         void *context) noexcept nogil:
-        """Submit a ticket's rows; `end_row` tells how far it came."""
-        cdef Group *group = &self.groups[ticket.group]
-        cdef Batch *batch = self.batch
-        cdef kv_copy_run run
-        cdef uint32_t row = 0
-        cdef int status = COPY_DONE
+        ticket.is_store = op.kind == KV_STORE
+        ticket.should_stop = should_stop
+        ticket.context = context
+        ticket.step = op.step
+        ticket.group = op.group
+        ticket.count = op.row_count
         ticket.end_row = 0
-        batch.count = 0
-        batch.kind = ticket.kind
-        batch.stream = stream
-        batch.limit = group.store_segments if ticket.kind == KV_STORE else group.load_segments
-        while row < ticket.count and status == COPY_DONE:
-            if should_stop(context):
-                status = COPY_STOPPED
-                break
+        ticket.begun = False
+        ticket.submitting = True
+        memcpy(ticket.rows, op.rows, ticket.count * sizeof(kv_row))
+        memcpy(ticket.digests, digests, 2 * ticket.count * sizeof(uint64_t))
+        direction = &self.stores if ticket.is_store else &self.loads
+        direction.queue[direction.tail % DEPTH_MAX] = place
+        direction.tail += 1
+        self.pump(direction)
+        return COPY_SUBMITTING if ticket.submitting else COPY_RUNNING
+
+    cdef void pump(self, Direction *direction) noexcept nogil:
+        """Submit chunks of the oldest operations while there is room on the stream."""
+        cdef Ticket *ticket
+        cdef uint64_t began = monotonic_ns()
+        cdef bint worked = False
+        while direction.head != direction.tail:
+            ticket = &self.tickets[direction.queue[direction.head % DEPTH_MAX]]
+            if ticket.submitting and ticket.should_stop(ticket.context):
+                self.end_submission(direction, ticket, COPY_STOPPED)
+            if ticket.submitting:
+                if not self.has_room(direction):
+                    break
+                worked = self.submit_chunk(direction, ticket)
+            if not ticket.submitting:
+                direction.head += 1
+        if worked:
+            self.submit_ns += monotonic_ns() - began
+
+    cdef void leave_queue(self, Direction *direction, uint32_t place) noexcept nogil:
+        """Take a place out of the queue: it may be used again before its turn comes."""
+        cdef uint32_t at, kept = direction.head
+        for at in range(direction.head, direction.tail):
+            if direction.queue[at % DEPTH_MAX] != place:
+                direction.queue[kept % DEPTH_MAX] = direction.queue[at % DEPTH_MAX]
+                kept += 1
+        direction.tail = kept
+
+    cdef bint has_room(self, Direction *direction) noexcept nogil:
+        while (direction.ended != direction.submitted and self.cuda.event_query(
+                direction.chunk[direction.ended % CHUNKS_MAX]) != KV_CU_NOT_READY):
+            direction.ended += 1  # an error, too: the operation's own event tells about it
+        return direction.submitted - direction.ended < self.chunks_ahead
+
+    cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil:
+        """Submit the next rows of an operation; its end as well if they are the last."""
+        cdef Group *group = &self.groups[ticket.group]
+        cdef uint32_t stop_row = min(ticket.count, ticket.end_row + group.chunk_rows)
+        cdef int result, error
+        if not ticket.begun:
+            ticket.begun = True
+            if not self.wait_for_step(ticket.step, &self.filled if ticket.is_store else &self.bound,
+                                      direction.stream):
+                self.end_submission(direction, ticket, COPY_FAILED)
+                return True
+        self.pieces.begin(group, ticket.is_store, direction.stream)
+        result = self.copy_rows(ticket, stop_row)
+        error = self.cuda.event_record(direction.chunk[direction.submitted % CHUNKS_MAX],
+                                       direction.stream)
+        if error == KV_CU_SUCCESS:
+            direction.submitted += 1
+        else:
+            self.failed("cuEventRecord", error)
+            result = COPY_FAILED
+        if result != COPY_DONE or ticket.end_row == ticket.count:
+            self.end_submission(direction, ticket, result)
+        return True
+
+    cdef int copy_rows(self, Ticket *ticket, uint32_t stop_row) noexcept nogil:
+        """Submit the rows from `end_row` to `stop_row`; moves `end_row`."""
+        cdef Group *group = &self.groups[ticket.group]
+        cdef kv_copy_run run
+        cdef uint32_t row = ticket.end_row
+        cdef int error, status = COPY_DONE
+        while row < stop_row and status == COPY_DONE:
             if form_run(group.copier, <const uint8_t *>ticket.rows, sizeof(kv_row), ticket.digests,
-                        row, ticket.count, &run) != KV_COPY_OK:
+                        row, stop_row, &run) != KV_COPY_OK:
                 status = COPY_FAILED
                 break
-            if ticket.kind == KV_STORE:
+            if ticket.is_store:
                 mark_filling(group.copier, &run)
             elif check_before(group.copier, &run, self.flags) != KV_COPY_OK:
                 status = COPY_FAILED  # the rows of the run before the bad one are copied
-            if self.add_run(group, &run) != KV_CU_SUCCESS:
+            error = self.pieces.add_run(group, &run)
+            if error != KV_CU_SUCCESS:
+                self.failed(self.pieces.failed_call, error)
                 return COPY_FAILED
             row += run.count
-            if batch.count == 0:
-                ticket.end_row = row
-        if self.flush() != KV_CU_SUCCESS:
+        error = self.pieces.flush()
+        if error != KV_CU_SUCCESS:
+            self.failed(self.pieces.failed_call, error)
             return COPY_FAILED
         ticket.end_row = row
         return status
 
-    cdef int add_run(self, Group *group, const kv_copy_run *run) noexcept nogil:
-        cdef const kv_copier *copier = group.copier
-        cdef const kv_region *region = copier.regions
-        cdef uint32_t r, i
-        cdef bint packed = region.block_stride == region.chunk_bytes
-        cdef uint64_t piece = region.chunk_bytes * (run.count if packed else 1)
-        cdef uint64_t device
-        cdef uint8_t *host
-        cdef int error = KV_CU_SUCCESS
-        if group.pitch != 0 and piece < group.pitched_below and run.count > 0:
-            error = self.add_pitched(group, run, packed)
-            if error != KV_CU_INVALID_VALUE:
-                return error
-            group.pitch = 0  # not one allocation after all: piece by piece from here on
-        for r in range(copier.region_count):
-            region = &copier.regions[r]
-            device = <uint64_t>region.base + run.device_block * region.block_stride
-            host = slot_piece(&copier.arena, region, run.slot)
-            if region.block_stride == region.chunk_bytes:
-                error = self.add_piece(device, host, run.count * region.chunk_bytes)
-            else:
-                for i in range(run.count):
-                    if error == KV_CU_SUCCESS:
-                        error = self.add_piece(device + i * region.block_stride,
-                                               host + i * region.chunk_bytes, region.chunk_bytes)
-            if error != KV_CU_SUCCESS:
-                return error
-        return KV_CU_SUCCESS
+    cdef void end_submission(self, Direction *direction, Ticket *ticket, int result) noexcept nogil:
+        """No more rows; the event tells when those that were submitted have ended.
 
-    cdef int add_pitched(self, Group *group, const kv_copy_run *run, bint packed) noexcept nogil:
-        """Regions at one pitch: one 2D copy for a run of packed blocks, else one a block."""
-        cdef const kv_copier *copier = group.copier
-        cdef const kv_region *first = copier.regions
-        cdef uint8_t *host = slot_piece(&copier.arena, first, run.slot)
-        cdef uint64_t device = <uint64_t>first.base + run.device_block * first.block_stride
-        cdef uint64_t host_pitch = first.chunk_bytes * min(
-            copier.arena.group_slots,
-            copier.arena.slots - run.slot // copier.arena.group_slots * copier.arena.group_slots)
-        cdef uint32_t _call, calls = 1 if packed else run.count
-        cdef kv_cu_copy_2d copy
-        cdef int error
-        memset(&copy, 0, sizeof(copy))
-        copy.width = first.chunk_bytes * (run.count if packed else 1)
-        copy.height = copier.region_count
-        for _call in range(calls):
-            if self.batch.kind == KV_STORE:
-                copy.source_kind, copy.to_kind = KV_CU_MEMORY_DEVICE, KV_CU_MEMORY_HOST
-                copy.source_device, copy.source_pitch = device, group.pitch
-                copy.to_host, copy.to_pitch = host, host_pitch
-            else:
-                copy.source_kind, copy.to_kind = KV_CU_MEMORY_HOST, KV_CU_MEMORY_DEVICE
-                copy.source_host, copy.source_pitch = host, host_pitch
-                copy.to_device, copy.to_pitch = device, group.pitch
-            error = self.cuda.copy_2d(&copy, self.batch.stream)
-            if error == KV_CU_INVALID_VALUE:
-                return error
-            if error != KV_CU_SUCCESS:
-                self.failed("cuMemcpy2DAsync", error)
-                return error
-            self.calls += 1
-            self.pieces += copier.region_count
-            device += first.block_stride
-            host += first.chunk_bytes
-        return KV_CU_SUCCESS
-
-    cdef int add_piece(self, uint64_t device, void *host, size_t count) noexcept nogil:
-        cdef Batch *batch = self.batch
-        cdef bint is_store = batch.kind == KV_STORE
-        if count == 0:
-            return KV_CU_SUCCESS
-        batch.to[batch.count] = <uintptr_t>host if is_store else device
-        batch.source[batch.count] = device if is_store else <uintptr_t>host
-        batch.bytes[batch.count] = count
-        batch.count += 1
-        if batch.count == batch.limit:
-            return self.flush()
-        return KV_CU_SUCCESS
-
-    cdef int flush(self) noexcept nogil:
-        """Submit the pieces that have come together."""
-        cdef Batch *batch = self.batch
-        cdef kv_cu_batch_attribute attribute
-        cdef size_t first = 0, failed = 0
-        cdef int error
-        if batch.count == 0:
-            return KV_CU_SUCCESS
-        if not self.use_batches or batch.count == 1:
-            return self.flush_singly()
-        memset(&attribute, 0, sizeof(attribute))
-        attribute.source_order = KV_CU_ORDER_STREAM if batch.kind == KV_STORE else KV_CU_ORDER_ANY
-        error = self.cuda.copy_batch(batch.to, batch.source, batch.bytes, batch.count, &attribute,
-                                     &first, 1, &failed, batch.stream)
-        if error == KV_CU_NOT_SUPPORTED:
-            self.use_batches = False
-            return self.flush_singly()
+        Also after an error: the memory of their slots must not be used again before.
+        """
+        cdef int error = self.cuda.event_record(ticket.ended, direction.stream)
+        ticket.submitting = False
+        ticket.result = result
+        self.blocks += ticket.end_row
         if error != KV_CU_SUCCESS:
-            self.failed("cuMemcpyBatchAsync", error)
-            return error
-        self.calls += 1
-        self.pieces += batch.count
-        batch.count = 0
-        return KV_CU_SUCCESS
-
-    cdef int flush_singly(self) noexcept nogil:
-        cdef Batch *batch = self.batch
-        cdef uint32_t i
-        cdef int error
-        for i in range(batch.count):
-            if batch.kind == KV_STORE:
-                error = self.cuda.copy_to_host(<void *><uintptr_t>batch.to[i], batch.source[i],
-                                               batch.bytes[i], batch.stream)
-            else:
-                error = self.cuda.copy_to_device(batch.to[i], <void *><uintptr_t>batch.source[i],
-                                                 batch.bytes[i], batch.stream)
-            if error != KV_CU_SUCCESS:
-                self.failed("cuMemcpyAsync", error)
-                return error
-        self.calls += batch.count
-        self.pieces += batch.count
-        batch.count = 0
-        return KV_CU_SUCCESS
+            self.failed("cuEventRecord", error)
+            ticket.result = COPY_FAILED
 
     cdef int poll(self, uint32_t place, uint32_t *failed_row) noexcept nogil:
         cdef Ticket *ticket = &self.tickets[place]
-        cdef int error = self.cuda.event_query(ticket.ended)
+        cdef Direction *direction = &self.stores if ticket.is_store else &self.loads
+        cdef int error
+        if ticket.submitting:
+            if ticket.should_stop(ticket.context):
+                self.end_submission(direction, ticket, COPY_STOPPED)
+                self.leave_queue(direction, place)
+            self.pump(direction)
+            if ticket.submitting:
+                return COPY_SUBMITTING
+        error = self.cuda.event_query(ticket.ended)
         if error == KV_CU_NOT_READY:
             return COPY_RUNNING
         failed_row[0] = 0
@@ -384,7 +326,7 @@ cdef class CudaBackend(CopyBackend):
                         run.checksum[i] = kv_checksum(
                             slot_piece(&copier.arena, region, run.slot + i), region.chunk_bytes,
                             run.checksum[i])
-            if ticket.kind == KV_STORE:
+            if ticket.is_store:
                 mark_valid(copier, &run, self.flags)
             elif check_after(copier, &run, self.flags, &done) != KV_COPY_OK:
                 failed_row[0] = row + done
@@ -462,13 +404,17 @@ cdef int CudaBackend_open(CudaBackend self) except -1:
     device.check("cuCtxGetStreamPriorityRange", self.cuda.priority_range(&least, &greatest))
     for stream in range(2):
         device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
-            &self.store_stream if stream else &self.load_stream, KV_CU_STREAM_NON_BLOCKING, least))
+            &self.stores.stream if stream else &self.loads.stream, KV_CU_STREAM_NON_BLOCKING,
+            least))
     self.opened = True
     for i in range(MARKS):
         CudaBackend_event(self, &self.bound.event[i])
         CudaBackend_event(self, &self.filled.event[i])
     for i in range(PLACES):
         CudaBackend_event(self, &self.tickets[i].ended)
+    for i in range(CHUNKS_MAX):
+        CudaBackend_event(self, &self.loads.chunk[i])
+        CudaBackend_event(self, &self.stores.chunk[i])
     return 0
 
 
@@ -478,7 +424,7 @@ cdef int CudaBackend_event(CudaBackend self, kv_cu_event *event) except -1:
 
 
 cdef int CudaBackend_close(CudaBackend self) except -1:
-    cdef kv_cu_stream load_stream = self.load_stream, store_stream = self.store_stream
+    cdef kv_cu_stream load_stream = self.loads.stream, store_stream = self.stores.stream
     cdef uint32_t i
     self.device.enter()
     with nogil:
@@ -489,6 +435,9 @@ cdef int CudaBackend_close(CudaBackend self) except -1:
         self.cuda.event_destroy(self.filled.event[i])
     for i in range(PLACES):
         self.cuda.event_destroy(self.tickets[i].ended)
+    for i in range(CHUNKS_MAX):
+        self.cuda.event_destroy(self.loads.chunk[i])
+        self.cuda.event_destroy(self.stores.chunk[i])
     self.cuda.stream_destroy(load_stream)
     self.cuda.stream_destroy(store_stream)
     return 0

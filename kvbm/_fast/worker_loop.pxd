@@ -12,10 +12,16 @@ cdef struct Waiting:              # popped from the ring, may not run yet; oldes
     uint32_t count
 
 
+cdef struct StopContext:
+    const kv_operation *op
+    uint32_t generation
+
+
 cdef struct Flight:               # an operation under way; its number is the backend's place
     kv_au64 submitted             # entry + 1 from the end of its submission to its end, else 0
     uint64_t entry
     uint64_t began_ns
+    StopContext context           # of its stop check
     bint busy
 
 

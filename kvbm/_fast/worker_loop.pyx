@@ -42,6 +42,7 @@ from kvbm._fast.backend cimport (
     COPY_DONE,
     COPY_FAILED,
     COPY_RUNNING,
+    COPY_SUBMITTING,
     DEPTH_MAX,
     PLACES,
     CopyBackend,
@@ -95,11 +96,6 @@ from kvbm._fast.segment cimport Segment, line_lock
 cdef enum:
     IDLE_WAIT_NS = 100000000   # the loop looks at its stop flag at least ten times a second
     POLL_NS = 20000            # between two looks at copies under way: 1 MiB on the bus
-
-
-cdef struct StopContext:
-    const kv_operation *op
-    uint32_t generation
 
 
 cdef bint operation_is_cancelled(void *context) noexcept nogil:
@@ -227,24 +223,24 @@ cdef class WorkerLoop:
     cdef void start(self, uint64_t entry, uint32_t place) noexcept nogil:
         cdef kv_operation *op = kv_operation_at(self.view, self.view.leader, <uint32_t>entry)
         cdef Flight *flight = &self.flights[place]
-        cdef StopContext context
         cdef uint32_t failed_row = 0
         cdef int status = COPY_FAILED
         if not operation_claim(self.view, op, <uint32_t>(entry >> 32), self.rank):
             return
-        context.op = op
-        context.generation = <uint32_t>(entry >> 32)
+        flight.context.op = op
+        flight.context.generation = <uint32_t>(entry >> 32)
         flight.entry = entry
         flight.began_ns = monotonic_ns()
         if op.row_count <= KV_ROWS and self.rows_are_valid(op, True, &failed_row):
-            status = self.backend.submit(place, op, self.digests, operation_is_cancelled, &context,
-                                         &failed_row)
-        if status == COPY_RUNNING:
+            status = self.backend.submit(place, op, self.digests, operation_is_cancelled,
+                                         &flight.context, &failed_row)
+        if status == COPY_RUNNING or status == COPY_SUBMITTING:
             flight.busy = True
             self.busy += 1
-            kv_u64_store_release(&flight.submitted, entry + 1)
+            if status == COPY_RUNNING:
+                kv_u64_store_release(&flight.submitted, entry + 1)
         else:
-            self.finish(op, context.generation, status, failed_row, flight.began_ns)
+            self.finish(op, flight.context.generation, status, failed_row, flight.began_ns)
 
     cdef bint end_flights(self) noexcept nogil:
         """Finish the operations whose copies have ended; True if there was one."""
@@ -262,6 +258,8 @@ cdef class WorkerLoop:
             failed_row = 0
             status = self.backend.poll(place, &failed_row)
             if status == COPY_RUNNING:
+                kv_u64_store_release(&flight.submitted, flight.entry + 1)
+            if status == COPY_RUNNING or status == COPY_SUBMITTING:
                 continue
             op = kv_operation_at(self.view, self.view.leader, <uint32_t>flight.entry)
             self.finish(op, <uint32_t>(flight.entry >> 32), status, failed_row, flight.began_ns)
