@@ -3,6 +3,9 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvbm._fast.layout cimport kv_view
 
+cdef enum:
+    SWEEP_STEP_MIN = 16            # blocks looked at a call, at least
+
 cdef struct Candidate:
     uint64_t recency
     uint32_t block
@@ -19,14 +22,15 @@ cdef struct Evictor:
     CandidateHeap ready         # victims in order
     CandidateHeap gathering     # what the sweep in progress has found
     uint64_t sweep_start_tick   # later ticks are left to the next sweep
+    uint64_t ready_start_tick   # the same of the sweep that `ready` came from
     uint32_t sweep_seen         # registered blocks that nobody held, in the sweep so far
     uint32_t cursor             # next block that the sweep looks at
-    uint32_t sweep_step         # blocks looked at a call
+    uint32_t sweep_step         # blocks looked at an eviction
     uint64_t found_nothing_ns   # when a sweep over everything found nothing, 0 = it did not
 
 cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil
 cdef void evictor_free(Evictor *e) noexcept nogil
 cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil
-cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil
+cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nogil
 cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
                        uint32_t *host_slot) noexcept nogil

@@ -16,11 +16,12 @@ each leader keeps two private heaps:
 * after a sweep over everything has found nothing, whatever this leader returns goes to `ready` at
   once, so that a table that is full of held blocks is not swept for each of them.
 
-For one leader and one priority this is exact LRU: all that is not in `ready` was returned after
-everything in it. A block returned with a lower priority while a sweep is under way may be found one
-sweep late. With several leaders each sees the others' returns and evictions through the blocks
-themselves, and finds blocks that others made evictable at its next sweep. Work a call is bounded;
-the exception is a `ready` that runs dry before the sweep has ended, which then ends at once.
+For one leader and one priority this is exact LRU: what was returned before the sweep behind `ready`
+began is in `ready`, or comes there when its last child leaves; all else was returned later. A block
+returned with a lower priority while a sweep is under way may be found one sweep late. With several
+leaders each sees the others' returns and evictions through the blocks themselves, and finds blocks
+that others made evictable at its next sweep. Work a call is bounded; the exception is a `ready`
+that runs dry before the sweep has ended, which then ends at once.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -42,7 +43,6 @@ from kvbm._fast.layout cimport (
 )
 
 cdef enum:
-    SWEEP_STEP_MIN = 16
     SWEEP_STEP_MAX = 256           # bounds what one call costs, when there is little to evict
     RETRY_EMPTY_NS = 1000000       # after a sweep that found nothing, do not sweep again for 1 ms
 
@@ -107,7 +107,7 @@ cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
         return False
     e.ready.count = e.gathering.count = 0
     e.ready.recency_max = e.gathering.recency_max = 0
-    e.sweep_start_tick = 0
+    e.sweep_start_tick = e.ready_start_tick = 0
     e.sweep_seen = 0
     e.cursor = 0
     e.sweep_step = SWEEP_STEP_MIN
@@ -149,8 +149,8 @@ cdef void start_sweep(kv_view *view, Evictor *e) noexcept nogil:
     e.sweep_start_tick = kv_u64_load_relaxed(&view.header.tick)
 
 
-cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
-    """Let the sweep go on for one bounded step.
+cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nogil:
+    """Let the sweep go on for `step` blocks.
 
     When it is done and `ready` is used up, it becomes `ready`.
     """
@@ -160,7 +160,7 @@ cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
     cdef CandidateHeap used
     if e.cursor == 0:
         start_sweep(view, e)
-    stop = e.cursor + e.sweep_step
+    stop = e.cursor + step
     if stop > view.shape.block_capacity or stop < e.cursor:
         stop = view.shape.block_capacity
     for i in range(e.cursor, stop):
@@ -176,6 +176,7 @@ cdef void evictor_advance(kv_view *view, Evictor *e) noexcept nogil:
         used = e.ready
         e.ready = e.gathering
         e.gathering = used
+        e.ready_start_tick = e.sweep_start_tick
         e.cursor = 0
         # The next sweep ends when half of what was seen is gone: each leaf in `ready` is followed
         # by its ancestors.
@@ -191,7 +192,8 @@ cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogi
     cdef Candidate c
     if not candidate_of(view, block, &c):
         return
-    if e.found_nothing_ns != 0 or (e.ready.count != 0 and c.recency <= e.ready.recency_max):
+    if (e.found_nothing_ns != 0 or kv_recency_tick(c.recency) <= e.ready_start_tick
+            or (e.ready.count != 0 and c.recency <= e.ready.recency_max)):
         heap_push(&e.ready, c)
     elif block < e.cursor and (kv_recency_tick(c.recency) <= e.sweep_start_tick
                                or c.recency <= e.gathering.recency_max):
@@ -209,8 +211,7 @@ cdef bint next_ready(kv_view *view, Evictor *e) noexcept nogil:
     if e.found_nothing_ns != 0 and monotonic_ns() - e.found_nothing_ns < RETRY_EMPTY_NS:
         return False
     for _sweep in range(2):
-        e.sweep_step = view.shape.block_capacity
-        evictor_advance(view, e)
+        evictor_advance(view, e, view.shape.block_capacity)
         if e.ready.count != 0:
             return True
     e.found_nothing_ns = monotonic_ns()
@@ -226,7 +227,7 @@ cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
     cdef Candidate c, now
     cdef uint64_t word
     cdef uint32_t parent = KV_NONE
-    evictor_advance(view, e)
+    evictor_advance(view, e, e.sweep_step)
     while next_ready(view, e):  # each turn uses up an entry, or ends
         c = heap_pop(&e.ready)
         word = kv_u64_load_acquire(&view.blocks[c.block].word)

@@ -19,6 +19,7 @@ cdef void operation_finished(kv_view *view, kv_operation *op) noexcept nogil
 cdef void operation_publish(kv_view *view, kv_operation *op) noexcept nogil
 cdef void operation_cancel(kv_view *view, kv_operation *op, uint32_t generation) noexcept nogil
 cdef void operation_recycle(kv_view *view, kv_operation *op) noexcept nogil
+cdef bint leader_holds_nothing(kv_view *view) noexcept nogil
 cdef bint ring_pop(kv_view *view, uint32_t rank, uint64_t *entry) noexcept nogil
 cdef void doorbell_ring(kv_view *view, uint32_t leader, uint32_t rank) noexcept nogil
 cdef uint32_t doorbell_read(kv_view *view, uint32_t leader, uint32_t rank) noexcept nogil

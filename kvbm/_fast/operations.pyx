@@ -50,6 +50,7 @@ from kvbm._fast.layout cimport (
     KV_RANKS,
     KV_STORE,
     kv_count,
+    kv_holder_bit,
     kv_op_finisher,
     kv_op_generation,
     kv_op_make,
@@ -287,3 +288,17 @@ cdef void operation_recycle(kv_view *view, kv_operation *op) noexcept nogil:
     """
     cdef uint64_t word = kv_u64_load_acquire(&op.word)
     kv_u64_store_release(&op.word, kv_op_make(KV_OP_FREE, 0, kv_op_generation(word) + 1, 0))
+
+
+cdef bint leader_holds_nothing(kv_view *view) noexcept nogil:
+    """True if no block carries this leader's bit and all of its operations are free."""
+    cdef uint32_t i
+    cdef uint64_t word, bit = kv_holder_bit(view.leader)
+    for i in range(KV_OPERATIONS_PER_LEADER):
+        word = kv_u64_load_acquire(&kv_operation_at(view, view.leader, i).word)
+        if kv_op_state(word) != KV_OP_FREE:
+            return False
+    for i in range(view.shape.block_capacity):
+        if kv_u64_load_acquire(&view.blocks[i].word) & bit:
+            return False
+    return True

@@ -11,7 +11,7 @@ cdef class Segment:
     cdef size_t mapped_bytes
     cdef readonly str name     # with the leading slash
     cdef readonly bint writable
-    cdef long owner_pid        # the process that mapped it; use after fork is refused
+    cdef long forks            # of the process that mapped it; use after a fork is refused
     cdef object __weakref__
 
     cdef int check_open(self) except -1

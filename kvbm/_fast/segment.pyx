@@ -22,7 +22,15 @@ import posix_ipc
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.mman cimport (
+    MAP_FAILED,
+    MAP_POPULATE,
+    MAP_SHARED,
+    PROT_READ,
+    PROT_WRITE,
+    mmap,
+    munmap,
+)
 
 from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
@@ -41,8 +49,6 @@ from kvbm._fast.layout cimport (
     KV_LEADERS,
     KV_MAGIC,
     KV_NONE,
-    KV_OP_FREE,
-    KV_OPERATIONS_PER_LEADER,
     KV_PAGE,
     KV_PARTICIPANTS,
     KV_POOL_BLOCKS,
@@ -50,15 +56,23 @@ from kvbm._fast.layout cimport (
     KV_RANKS,
     KV_ROLE_NONE,
     kv_header,
-    kv_holder_bit,
-    kv_op_state,
-    kv_operation_at,
     kv_shape,
     kv_view,
     kv_view_init,
 )
 from kvbm._fast.locks cimport lock_drop, lock_take
+from kvbm._fast.operations cimport leader_holds_nothing
 from kvbm._fast.pool cimport pool_fill, pool_free_count
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    static long kv_forks = 0; /* how many forks this process descends from, since the import */
+    static void kv_count_fork(void) { kv_forks++; }
+    static int kv_watch_forks(void) { return pthread_atfork(NULL, NULL, kv_count_fork); }
+    """
+    long kv_forks
+    int kv_watch_forks() noexcept
 
 # Bytes locked, far behind the end of any object.
 cdef int64_t LOCK_USERS = <int64_t>1 << 40
@@ -161,19 +175,6 @@ def segment_bytes(shape: Shape) -> int:
     return total
 
 
-cdef bint leader_holds_nothing(kv_view *view) noexcept nogil:
-    """True if no block carries this leader's bit and all of its operations are free."""
-    cdef uint32_t i
-    cdef uint64_t bit = kv_holder_bit(view.leader)
-    for i in range(KV_OPERATIONS_PER_LEADER):
-        if kv_op_state(kv_u64_load_acquire(&kv_operation_at(view, view.leader, i).word)) != KV_OP_FREE:
-            return False
-    for i in range(view.shape.block_capacity):
-        if kv_u64_load_acquire(&view.blocks[i].word) & bit:
-            return False
-    return True
-
-
 cdef class Segment:
     """A mapped segment. Made by `Segment.create` or `Segment.attach`."""
 
@@ -181,11 +182,13 @@ cdef class Segment:
         self.fd = -1
         self.base = NULL
         self.view.self = self.view.leader = KV_NONE
-        self.owner_pid = os.getpid()
+        self.forks = kv_forks
 
     cdef int map_file(self, int fd, size_t size, bint writable) except -1:
+        # All pages are mapped now: a page fault in the scheduler costs more than a look-up.
+        cdef int flags = MAP_SHARED | MAP_POPULATE if writable else MAP_SHARED
         cdef void *p = mmap(NULL, size, PROT_READ | PROT_WRITE if writable else PROT_READ,
-                            MAP_SHARED, fd, 0)
+                            flags, fd, 0)
         if p == MAP_FAILED:
             raise OSError(f"cannot map {size} bytes of {self.name}")
         self.base = <uint8_t *>p
@@ -332,7 +335,7 @@ cdef class Segment:
     cdef int check_open(self) except -1:
         if self.base == NULL:
             raise SegmentFault("closed", f"segment {self.name} is closed")
-        if self.owner_pid != os.getpid():
+        if self.forks != kv_forks:
             raise SegmentFault("closed",
                                f"segment {self.name} was mapped before a fork; attach again")
         return 0
@@ -425,9 +428,10 @@ cdef class Segment:
         return kv_u32_load_acquire(&self.view.header.ready_slots[rank])
 
     def set_ready_slots(self, rank: int, count: int) -> None:
-        """Publish that the first `count` host slots of a rank's arena are usable; never fewer than before.
+        """Publish that the first `count` host slots of a rank's arena are usable.
 
-        Another engine's worker of the same rank may have reserved more of the same arena already.
+        Never fewer than before: another engine's worker of the same rank may have reserved more of
+        the same arena already.
         """
         self.check_writable()
         if not 0 <= rank < self.view.shape.ranks or not 0 <= count <= self.view.shape.host_slots:
@@ -439,8 +443,9 @@ cdef class Segment:
     def release_line(self) -> None:
         """Give the own line back.
 
-        The line of a leader that still holds blocks, or whose operations are not all collected, stays marked as
-        used: without its lock it counts as dead, and the next recovery returns what it holds.
+        The line of a leader that still holds blocks, or whose operations are not all collected,
+        stays marked as used: without its lock it counts as dead, and the next recovery returns what
+        it holds.
         """
         self.check_open()
         if self.view.self == KV_NONE:
@@ -453,7 +458,7 @@ cdef class Segment:
     def close(self) -> None:
         """Detach; may be called twice. The object stays until it is unlinked."""
         if self.base != NULL:
-            if self.owner_pid == os.getpid() and self.view.self != KV_NONE:
+            if self.forks == kv_forks and self.view.self != KV_NONE:
                 self.release_line()
             munmap(self.base, self.mapped_bytes)
             self.base = NULL
@@ -480,4 +485,6 @@ def _forget_after_fork() -> None:
         segment.close()
 
 
+if kv_watch_forks() != 0:
+    raise MemoryError("no memory for a handler of forks")
 os.register_at_fork(after_in_child=_forget_after_fork)

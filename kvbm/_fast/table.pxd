@@ -23,6 +23,7 @@ cdef class BlockTable:
     cdef PoolCursor slot_cursor
     cdef FreeRun records
     cdef FreeRun slots
+    cdef bint pool_is_empty      # in the call in progress; a look costs a read for 4096 slots
 
     cdef int mix(self, Keys keys) except -1
     cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
@@ -30,6 +31,7 @@ cdef class BlockTable:
     cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil
     cdef uint32_t usable_slots(self) noexcept nogil
     cdef bint take_block(self, uint32_t wanted, uint32_t *record, uint32_t *slot) noexcept nogil
+    cdef int check_ref(self, uint64_t ref) except -1
     cdef uint64_t parent_ref(self, object parent, Py_ssize_t start) except? 0xFFFFFFFFFFFFFFFF
     cdef void give_back_runs(self) noexcept nogil
     cdef bint reserve_block(self, const Reservation *what, uint32_t wanted, uint32_t *block,

@@ -36,6 +36,7 @@ from kvbm._fast.blocks cimport (
     structure_exit,
 )
 from kvbm._fast.eviction cimport (
+    SWEEP_STEP_MIN,
     evictor_advance,
     evictor_free,
     evictor_init,
@@ -241,10 +242,11 @@ cdef class BlockTable:
         self.segment.check_open()
         kv_count(self.view, <kv_counter><int>COUNTER_NAMES.index(counter), n)
 
-    def check_ref(self, ref: int) -> None:
-        if not 0 <= (ref & 0xFFFFFFFF) < self.view.shape.block_capacity:
+    cdef int check_ref(self, uint64_t ref) except -1:
+        if <uint32_t>ref >= self.view.shape.block_capacity:
             raise IndexError(f"block {ref & 0xFFFFFFFF} is outside "
                              f"0..{self.view.shape.block_capacity - 1}")
+        return 0
 
     cdef uint64_t parent_ref(self, object parent, Py_ssize_t start) except? 0xFFFFFFFFFFFFFFFF:
         """Check where a chain is to be continued; NO_REF at its root."""
@@ -271,10 +273,11 @@ cdef class BlockTable:
         From the pools while they last, else those of a victim.
         """
         cdef uint32_t first
-        if self.slots.count == 0:
+        if self.slots.count == 0 and not self.pool_is_empty:
             self.slots.count = pool_take_run(self.view, KV_POOL_HOST, wanted, self.usable_slots(),
                                              &self.slot_cursor, &first)
             self.slots.first = first
+            self.pool_is_empty = self.slots.count == 0
         if self.slots.count != 0:
             if self.records.count == 0:
                 self.records.count = pool_take_run(
@@ -282,7 +285,7 @@ cdef class BlockTable:
                     &self.record_cursor, &first)
                 self.records.first = first
             if self.records.count != 0:
-                evictor_advance(self.view, &self.evictor)
+                evictor_advance(self.view, &self.evictor, SWEEP_STEP_MIN)
                 record[0] = self.records.first
                 slot[0] = self.slots.first
                 self.records.first += 1
@@ -298,6 +301,7 @@ cdef class BlockTable:
 
     cdef void give_back_runs(self) noexcept nogil:
         """Before leaving the structure: recovery counts what no block names as free."""
+        self.pool_is_empty = False
         while self.records.count != 0:
             self.records.count -= 1
             pool_give_back(self.view, KV_POOL_BLOCKS, self.records.first + self.records.count)

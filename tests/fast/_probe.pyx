@@ -220,7 +220,7 @@ cdef class Order:
         evictor_offer(&self.segment.view, &self.evictor, block)
 
     def advance(self):
-        evictor_advance(&self.segment.view, &self.evictor)
+        evictor_advance(&self.segment.view, &self.evictor, self.evictor.sweep_step)
 
     def take(self):
         """(block, slot) of the next victim, None if nothing is evictable."""

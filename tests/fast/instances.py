@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 import posix_ipc
 
+from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import claim_leader, claim_worker
 from kvbm._fast.segment import Segment, Shape, shape_for
+from kvbm._fast.table import BlockTable
 from tests.fast.raw_segment import RawSegment
 
 FINGERPRINT = bytes(range(32))
@@ -133,3 +135,20 @@ def run_in_fork(check: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def cache(table: BlockTable, keys: Keys, count: int | None = None) -> list[int]:
+    """Reserve, publish and return the first blocks of a sequence; references to the new ones."""
+    refs = [ref for ref, _ in table.reserve(keys, 0, len(keys) if count is None else count)]
+    assert table.publish(refs) == len(refs)
+    for ref in reversed(refs):
+        table.unpin(ref)
+    return refs
+
+
+def matched(table: BlockTable, keys: Keys, start: int = 0, stop: int = 2**31) -> int:
+    """Length of the match, held only for a moment."""
+    count, ref = table.match(keys, start, stop)
+    if ref is not None:
+        table.unpin(ref)
+    return count

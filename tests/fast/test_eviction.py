@@ -204,13 +204,13 @@ def test_one_leader_evicts_in_exact_order(slots: int, seed: int, chains: int, de
     made = instance(slots)
     try:
         table = made.leader()
-        run_against_the_order(made, table, random.Random(seed), chains, depth)
+        check_against_the_order(made, table, random.Random(seed), chains, depth)
         made.prove()
     finally:
         made.remove()
 
 
-def run_against_the_order(
+def check_against_the_order(
     made: Instance, table: OperationTable, rng: random.Random, chains: int, depth: int
 ) -> None:
     pinned: list[int] = []

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from kvbm._fast.keys import Keys
-from kvbm._fast.operation_table import OperationTable
-from tests.fast.instances import Instance, block_of, digests
+from tests.fast.instances import Instance, block_of, digests, matched
 from tests.fast.raw_segment import (
     AT_RECOVERING,
     LOAD,
@@ -43,13 +42,6 @@ def complete(probe: Any, world: World, handles: list[int]) -> None:
     for handle in handles:
         run(probe, world, handle)
         assert world.table.collect(handle) is True
-
-
-def matched(table: OperationTable, keys: Keys) -> int:
-    count, ref = table.match(keys, 0, len(keys))
-    if ref is not None:
-        table.unpin(ref)
-    return count
 
 
 # ---- store ---------------------------------------------------------------------------------------

@@ -104,7 +104,10 @@ class TwoLeaders(RuleBasedStateMachine):
     @rule(who=LEADERS, path=PATHS, priority=st.integers(0, 2))
     def reserve(self, who: int, path: str, priority: int) -> None:
         leader = self.leaders[who]
-        room = len(self.made.raw.free(HOST)) + len(self.evictable())
+        # The ancestors of what is reserved do not go for it.
+        chain = {(self.epoch, path[: i + 1]) for i in range(len(path))}
+        others = [ref for ref in self.evictable() if self.node[ref] not in chain]
+        room = len(self.made.raw.free(HOST)) + len(others)
         known = {**self.tree, **self.reserved_nodes()}
         found = leader.table.reserve(keys_of(path), 0, len(path), priority=priority)
         parent: int | None = None
