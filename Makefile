@@ -9,7 +9,7 @@ SETUP := $(PYTHON) scripts/setup_env.py
 PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm build demo test test-fast e2e stress bench lint tsan asan clean
+.PHONY: help setup setup-vllm build demo test test-fast e2e test-versions stress bench lint tsan asan clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-fast: setup  ## the unit tests, within two minutes
 
 e2e: setup-vllm  ## the tests against real vLLM
 	@$(PYTEST) -m "e2e and not gpu"
+
+test-versions: setup  ## the tests against real vLLM on each minor version of it; resumable
+	@$(RUN) scripts/vllm_versions.py $(VERSIONS)
 
 stress: setup  ## many processes on one segment, crashes, sanitized builds
 	@$(PYTEST) -m "stress and not gpu"

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WARM_START_SECS = 2.0
+"""Longest wait of an engine's start for its workers to open arenas that hold content."""
+
 
 @dataclass
 class KnownRequest:
@@ -105,6 +108,7 @@ class KvConnectorLeader:
         self.block_tokens = block_tokens_of(vllm_config, kv_cache_config)
         self.ranks = int(vllm_config.parallel_config.world_size)
         self._use_recompute_policy(vllm_config)
+        self._stores = self._priorities_allow_stores()
         self._problem = engine_hashes_problem(
             vllm_config.cache_config.prefix_caching_hash_algo,
             os.environ,
@@ -120,6 +124,8 @@ class KvConnectorLeader:
         remove_dead_private_instances()
         self.segment = self._open_segment(vllm_config)
         self.leader = Leader(OperationTable(self.segment), self.block_tokens)
+        if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
+            self.leader.wait_for_workers(WARM_START_SECS)  # so that the first request finds it
         self._stats = StatsReader(self.segment)
         at_exit(self, self.close)
 
@@ -132,6 +138,17 @@ class KvConnectorLeader:
             logger.info(
                 "kv_load_failure_policy is set to recompute: what cannot be loaded is recomputed"
             )
+
+    def _priorities_allow_stores(self) -> bool:
+        """Return whether anything is offloaded: vLLM gives no priorities, so that all are 0."""
+        least = self.settings.host_offload_prefix_min_priority
+        if least > 0:
+            logger.warning(
+                "nothing is offloaded: DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY=%d, and all "
+                "blocks have priority 0 with vLLM",
+                least,
+            )
+        return least == 0
 
     def _open_segment(self, vllm_config: "VllmConfig") -> Segment:
         headers = wait_for_headers(
@@ -274,7 +291,7 @@ class KvConnectorLeader:
             if request_id not in self.leader.sequences:
                 return False
             self._sequence(request)  # its last tokens
-            computed = request.num_computed_tokens // self.block_tokens
+            computed = request.num_computed_tokens // self.block_tokens if self._stores else 0
             return self.leader.finish(request_id, computed)
         except Exception:
             self.leader.abandon(request_id)
@@ -354,7 +371,8 @@ class KvConnectorLeader:
         elif blocks is not None:
             sequence.add_device_blocks(blocks)
         upto = (computed_tokens + output.num_scheduled_tokens[request_id]) // self.block_tokens
-        self.leader.store(sequence, upto)
+        if self._stores:
+            self.leader.store(sequence, upto)
 
     @property
     def holds_device_blocks(self) -> bool:

@@ -142,7 +142,9 @@ class StatsReader:
         if not moved:
             return None
         self._at, self._last = now, counters
-        return KvbmStats.of(moved, {name: counters[name] - self._first[name] for name in moved})
+        return KvbmStats.of(
+            moved, {name: counters[name] - self._first[name] for name in self._names}
+        )
 
 
 class KvbmPromMetrics(KVConnectorPromMetrics):

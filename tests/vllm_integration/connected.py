@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -77,6 +78,8 @@ def cache_configuration(blocks: int = 64, groups: int = 1) -> SimpleNamespace:
 
 def block_hasher(algorithm: str) -> Any:
     """vLLM's function that hashes the new blocks of a request."""
+    if algorithm.startswith("xxhash"):
+        pytest.importorskip("xxhash")
     function = hashing.get_hash_fn_by_name(algorithm)
     kv_cache_utils.init_none_hash(function)
     return kv_cache_utils.get_request_block_hasher(BLOCK, function)

@@ -363,7 +363,7 @@ def test_a_report_that_was_lost_is_made_up_for_in_prometheus() -> None:
     reports = [
         KvbmStats.of({"blocks_loaded": 2}, {"blocks_loaded": 2}),
         KvbmStats.of({"blocks_loaded": 3}, {"blocks_loaded": 5}),  # lost
-        KvbmStats.of({"blocks_loaded": 1, "worker_errors": 2}, {"blocks_loaded": 6}),
+        KvbmStats.of({"evicted": 1, "worker_errors": 2}, {"blocks_loaded": 6, "evicted": 1}),
     ]
     metrics.observe(reports[0].data, 1)
     metrics.observe(reports[2].data, 1)
