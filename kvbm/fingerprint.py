@@ -23,7 +23,7 @@ class Fingerprint:
         For example model, dtype, block size, ranks, geometry of each rank.
     """
 
-    values: Mapping[str, str | int | None | Sequence[str | int]]
+    values: Mapping[str, str | int | Sequence[str | int] | None]
 
     @cached_property
     def description(self) -> bytes:
@@ -41,8 +41,8 @@ class Fingerprint:
 def weights_version(model: str, revision: str | None) -> str:
     """Identify the weights behind a model name.
 
-    For a folder: a hash over name, size and modification time of its weight files, so that weights that were
-    replaced in place are other weights. For a name on a hub: the revision.
+    For a folder: a hash over name, size and modification time of its weight files, so that weights
+    that were replaced in place are other weights. For a name on a hub: the revision.
     """
     folder = Path(model)
     if not folder.is_dir():

@@ -2,10 +2,11 @@
 """Names and life of what an instance has in shared memory.
 
 An *instance* is one cache: a segment `/kvbm-<instance>` and one arena a rank and tier,
-`/kvbm-<instance>.host.<rank>`. An instance named by `DYN_KVBM_INSTANCE` outlives its users. Without the variable the
-instance is private to one engine: the last user out removes it, and what a killed engine left is removed by the next
-start. In both cases the question "is anybody using it" is answered by the kernel: each user holds a shared lock on
-each object that it has open, so whoever gets the exclusive lock is alone.
+`/kvbm-<instance>.host.<rank>`. An instance named by `DYN_KVBM_INSTANCE` outlives its users. Without
+the variable the instance is private to one engine: the last user out removes it, and what a killed
+engine left is removed by the next start. In both cases the question "is anybody using it" is
+answered by the kernel: each user holds a shared lock on each object that it has open, so whoever
+gets the exclusive lock is alone.
 """
 
 import contextlib
@@ -90,8 +91,8 @@ def _exclusive(names: list[str]) -> Iterator[bool]:
 def remove_if_unused(instance: str) -> bool:
     """Remove an instance's objects unless somebody uses one of them.
 
-    The locks are held while the names are removed, so a process that starts meanwhile either is seen, or finds that
-    its object has no name any more and makes a new one.
+    The locks are held while the names are removed, so a process that starts meanwhile either is
+    seen, or finds that its object has no name any more and makes a new one.
 
     Returns
     -------
@@ -101,10 +102,15 @@ def remove_if_unused(instance: str) -> bool:
     names = instances().get(instance, [])
     with _exclusive(names) as alone:
         if alone:
-            for name in names:
-                with contextlib.suppress(posix_ipc.ExistentialError):
-                    posix_ipc.unlink_shared_memory(name)
+            remove(instance)
     return alone
+
+
+def remove(instance: str) -> None:
+    """Remove the names of an instance; who has its objects open keeps them."""
+    for name in instances().get(instance, []):
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(name)
 
 
 def remove_dead_private_instances() -> list[str]:

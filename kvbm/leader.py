@@ -433,6 +433,13 @@ class Leader:
         return self.table.reset()
 
     # ---- liveness --------------------------------------------------------------------------------
+    def wait_for_workers(self, timeout_secs: float) -> bool:
+        """Wait until all ranks can copy, for content that is there already; for the start alone."""
+        deadline = time.monotonic() + timeout_secs
+        while not self._workers_ready() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return self._workers_ready()
+
     def _workers_ready(self) -> bool:
         """Return whether all ranks can copy: none before their arenas are open."""
         if not self._attached:

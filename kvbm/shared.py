@@ -21,7 +21,7 @@ from kvbm.errors import (
     VersionMismatch,
 )
 from kvbm.fingerprint import Fingerprint
-from kvbm.instance import is_private, remove_if_unused, segment_name
+from kvbm.instance import is_private, remove, segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class SegmentSpec:
 def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:
     """Create or adopt the segment and claim a leader line in it.
 
-    Content that does not fit (another fingerprint, size or format, arenas that belong to something else) is refused
-    with one line in the log and replaced, unless a live engine uses it.
+    Content that does not fit (another fingerprint, size or format, arenas that belong to something
+    else) is refused with one line in the log and replaced, unless a live engine uses it.
 
     Raises
     ------
@@ -174,14 +174,18 @@ def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:
 
 
 def _replace(name: str, problem: SegmentError) -> None:
-    """Remove the segment alone: the arenas are in use by our own workers, and get its successor's nonce."""
+    """Remove the segment alone: our workers use the arenas, which get its successor's nonce."""
     logger.warning("cached content is not used, starting clean: %s", problem)
     with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_shared_memory(name)
 
 
 def close_and_remove(segment: Segment, instance: str) -> None:
-    """Detach; the last user of a private instance removes it."""
+    """Detach a leader; a private instance has no other and is removed.
+
+    Its workers may still be attached, or end without being asked to: the names go now, the memory
+    goes with the last of them.
+    """
     segment.close()
     if is_private(instance):
-        remove_if_unused(instance)
+        remove(instance)

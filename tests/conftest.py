@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.engines import engine, make_engine  # noqa: F401 (fixtures for all tests)
 from tests.leaks import Held, leaked, snapshot
 
 STDERR = pytest.StashKey[int]()

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Return what dead participants held.
 
-One process recovers at a time: the holder of the recovery lock, which the kernel drops if it dies in turn. Every
-step may run again, from the start, at any time:
+One process recovers at a time: the holder of the recovery lock, which the kernel drops if it dies
+in turn. Every step may run again, from the start, at any time:
 
-1. find dead lines: marked as used, lock not held; a leader is finished with only when none of its workers lives,
-   because a live worker may still be writing into slots that the leader reserved;
+1. find dead lines: marked as used, lock not held; a leader is finished with only when none of its
+   workers lives, because a live worker may still be writing into slots that the leader reserved;
 2. operations of dead leaders are cancelled; ranks that a dead worker was running count as failed;
-3. blocks: holder bits of dead leaders are cleared; what they were filling or evicting goes back to RESET;
-4. if no live participant is inside the structure (layout.h, [S0] to [S3]): children are recounted, pools are
-   rebuilt from what no block names, stale index entries are deleted. Otherwise counts stay too high and lost slots
-   stay lost until the next recovery; nothing is ever counted too low or handed out twice;
+3. blocks: holder bits of dead leaders are cleared; what they were filling or evicting goes back to
+   RESET;
+4. if no live participant is inside the structure (layout.h, [S0] to [S3]): children are recounted,
+   pools are rebuilt from what no block names, stale index entries are deleted. Otherwise counts
+   stay too high and lost slots stay lost until the next recovery; nothing is ever counted too low
+   or handed out twice;
 5. dead lines are marked as unused.
 
 Steps 1 to 3 and 5 touch only what belongs to the dead, one compare-and-swap a word.
@@ -77,7 +79,7 @@ from kvbm._fast.pool cimport pool_set_word
 from kvbm._fast.segment cimport Segment, line_lock, recovery_lock
 
 cdef enum:
-    INSIDE_SPINS = 20000     # how long recovery waits for participants to leave the structure; about 1 ms
+    INSIDE_SPINS = 20000     # how long recovery waits for a participant outside: about 1 ms
 
 
 cdef struct Recovery:
@@ -118,8 +120,9 @@ cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
                 operation_cancel(view, op, kv_op_generation(word))
             for rank in range(view.shape.ranks):
                 if r.dead[kv_worker_line(leader, rank)] and kv_op_rank(word, rank) < KV_RANK_DONE:
-                    operation_cancel(view, op, kv_op_generation(word))  # a rank that never began fails here
-                    operation_end(view, op, rank, False)                # one that was running fails here
+                    # A rank that never began fails with the cancel, one that was running here.
+                    operation_cancel(view, op, kv_op_generation(word))
+                    operation_end(view, op, rank, False)
             if not (r.dead_leaders >> leader) & 1:
                 continue
             word = kv_u64_load_acquire(&op.word)
@@ -134,7 +137,7 @@ cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
 
 
 cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nogil:
-    """Step 3 for one block: it has no dead holder afterwards, unless a live worker still fills it."""
+    """Step 3 for one block: no dead holder is left, unless a live worker still fills it."""
     cdef kv_block *b = &view.blocks[block]
     cdef uint64_t word = kv_u64_load_acquire(&b.word)
     cdef uint32_t holders, ignored = 0
@@ -144,7 +147,8 @@ cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nog
             return
         if kv_word_state(word) == KV_REGISTERED:
             if kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
-                    KV_REGISTERED, holders & ~r.dead_leaders, kv_word_children(word), kv_word_generation(word))):
+                    KV_REGISTERED, holders & ~r.dead_leaders, kv_word_children(word),
+                    kv_word_generation(word))):
                 return
         elif kv_word_state(word) == KV_PARTIAL:
             if kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
@@ -152,7 +156,8 @@ cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nog
                 block_leave(view, block, False, &ignored)
                 return
         elif kv_word_state(word) == KV_EVICTING:
-            block_leave(view, block, False, &ignored)  # whether the parent was uncounted is unknown: recounted
+            # Whether the parent was uncounted is unknown: it is recounted.
+            block_leave(view, block, False, &ignored)
             return
         else:
             return
@@ -180,14 +185,16 @@ cdef void recount(kv_view *view, Recovery *r) noexcept nogil:
     for block in range(view.shape.block_capacity):
         word = kv_u64_load_acquire(&view.blocks[block].word)
         parent = kv_u32_load_relaxed(&view.blocks[block].parent)
-        if kv_word_state(word) == KV_REGISTERED and parent != 0 and parent <= view.shape.block_capacity:
+        if (kv_word_state(word) == KV_REGISTERED and parent != 0
+                and parent <= view.shape.block_capacity):
             r.children[parent - 1] += 1
     for block in range(view.shape.block_capacity):
         word = kv_u64_load_acquire(&view.blocks[block].word)
         while (kv_word_state(word) == KV_REGISTERED and kv_word_children(word) != r.children[block]
                and r.children[block] <= KV_CHILDREN_MAX):
             if kv_u64_cas_acq_rel(&view.blocks[block].word, &word, kv_word_make(
-                    KV_REGISTERED, kv_word_holders(word), r.children[block], kv_word_generation(word))):
+                    KV_REGISTERED, kv_word_holders(word), r.children[block],
+                    kv_word_generation(word))):
                 break
 
 
@@ -231,7 +238,7 @@ cdef bint rebuild(kv_view *view, Recovery *r) noexcept nogil:
 
 
 cdef int release_dead_lines(kv_view *view, Recovery *r) noexcept nogil:
-    """Step 5. The line of a leader whose workers are alive stays, so that recovery comes back for its blocks."""
+    """Step 5. The line of a leader with live workers stays: recovery comes back for its blocks."""
     cdef uint32_t line
     cdef int released = 0
     for line in range(KV_PARTICIPANTS):
@@ -269,7 +276,8 @@ def recover(Segment segment not None, rebuild: bool = False) -> int:
     segment : Segment
         Attached and writable.
     rebuild : bool
-        Recount and rebuild the pools even if nobody is dead (a segment that was left by all of its users).
+        Recount and rebuild the pools even if nobody is dead (a segment that was left by all of its
+        users).
 
     Returns
     -------

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host tier's memory: one arena a rank, in shared memory.
 
-An arena `/kvbm-<instance>.host.<rank>` begins with a page of its own, which is also how a worker announces itself:
-as soon as a worker knows its KV cache, it makes the arena with this page alone, and the leader, which sizes the tier
-from what all ranks say, finds it there. The worker then reserves the memory piece by piece in the background and
-publishes how many slots are usable, so that the engine serves at once and a full `/dev/shm` is an error message and
-never a fault at the first access.
+An arena `/kvbm-<instance>.host.<rank>` begins with a page of its own, which is also how a worker
+announces itself: as soon as a worker knows its KV cache, it makes the arena with this page alone,
+and the leader, which sizes the tier from what all ranks say, finds it there. The worker then
+reserves the memory piece by piece in the background and publishes how many slots are usable, so
+that the engine serves at once and a full `/dev/shm` is an error message and never a fault at the
+first access.
 
 Header page (little endian, the rest zero), written in one go::
 
@@ -91,7 +92,7 @@ class ArenaHeader:
 
     @classmethod
     def unpack(cls, page: bytes) -> "ArenaHeader | None":
-        """Read a header page; None if it is not one (its writer has not finished, or it is damaged)."""
+        """Read a header page; None if it is not one: not written yet, or damaged."""
         fields = page[: _HEADER.size]
         if len(fields) < _HEADER.size or fields[:8] != MAGIC:
             return None
@@ -108,8 +109,8 @@ def reserve_threads() -> int:
 def _open_locked(name: str, mode: int, group: int | None) -> int:
     """Open or make an arena object and take a user's lock on it.
 
-    A process that removes an unused object holds the exclusive lock meanwhile; then, and when the object that was
-    opened has lost its name, the next turn makes a new one.
+    A process that removes an unused object holds the exclusive lock meanwhile; then, and when the
+    object that was opened has lost its name, the next turn makes a new one.
     """
     while True:
         try:
@@ -232,7 +233,11 @@ class HostArena:
         bool
             True if all of it is reserved.
         """
-        total = os.fstat(self._fd).st_size
+        state = os.fstat(self._fd)
+        total = state.st_size
+        if state.st_blocks * 512 >= total:  # a restart, or another engine: it is all there
+            reserved(total)
+            return True
         threads = reserve_threads()
         done = 0
         with ThreadPoolExecutor(threads, thread_name_prefix="kvbm-reserve") as pool:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from tests.model import actors
 from tests.model.blocks import Reserved
 from tests.model.cells import FIRST_ENGINE, PARTIAL, SECOND_ENGINE, Seed, Sizes
 from tests.model.recovery import recover
-from tests.model.setting import Scenario, part, recoverer, survivor
+from tests.model.setting import Part, Scenario, part, recoverer, survivor
 
 A, AB, X = ("A",), ("A", "B"), ("X",)
 SEED_A, SEED_B = Seed("A"), Seed("B", 0)
@@ -17,6 +18,18 @@ FILLED_B = Seed("B", 0, 1, PARTIAL, filled=True)
 RESERVED_B = (Reserved(1, 0, 1, "B"),)
 NEW = {"attached": False, "idles": True}  # claims its line later
 TWO = Sizes(blocks=2, slots=2, entries=2)
+
+
+def late_worker(crashes: bool = False) -> Part:
+    """A process of the first engine that becomes its rank 0."""
+    body = partial(actors.late_worker, operations=1, key=FIRST_ENGINE)
+    return Part("late worker", body, 0, 0, crashes, idles=True, attached=False)
+
+
+def late_leader(crashes: bool = False) -> Part:
+    """A second engine, which takes the first one's leader slot and stores X."""
+    body = partial(actors.late_leader, chain=X, key=SECOND_ENGINE)
+    return Part("late leader", body, 0, None, crashes, idles=True, attached=False)
 
 
 def publish_scenarios() -> Iterable[Scenario]:
@@ -59,6 +72,10 @@ def publish_scenarios() -> Iterable[Scenario]:
         ),
         crashes=1,
     )
+
+
+def duplicate_scenarios() -> Iterable[Scenario]:
+    """Two leaders that store the same digest, or below the same parent."""
     yield Scenario(
         "one digest twice",
         "two leaders store the same child, a third reads it",
@@ -295,6 +312,11 @@ def worker_scenarios() -> Iterable[Scenario]:
         ),
         crashes=1,
     )
+
+
+def replacement_scenarios() -> Iterable[Scenario]:
+    """Workers and leaders that take the place of dead ones, while a recovery runs."""
+    one = Sizes(blocks=1, slots=1, leaders=4, entries=1)
     yield Scenario(
         "worker is replaced",
         "a worker dies, another becomes the same rank; a recovery runs, slots are reused",
@@ -303,22 +325,17 @@ def worker_scenarios() -> Iterable[Scenario]:
         (
             part("leader", actors.store_leader, A, leader=0),
             part("worker", actors.worker, 1, leader=0, rank=0, crashes=True, idles=True),
-            part(
-                "late worker",
-                actors.late_worker,
-                1,
-                FIRST_ENGINE,
-                leader=0,
-                rank=0,
-                attached=False,
-                idles=True,
-            ),
+            late_worker(),
             recoverer(1),
             part("storer", actors.storer_after_crash, X, leader=2, idles=True),
             survivor(3),
         ),
         crashes=1,
     )
+
+
+def late_scenarios() -> Iterable[Scenario]:
+    """Leaders and workers that claim a line while another dies."""
     yield Scenario(
         "leader is replaced",
         "a leader dies, another claims its slot and stores; a recovery runs and may die",
@@ -326,15 +343,7 @@ def worker_scenarios() -> Iterable[Scenario]:
         (SEED_A,),
         (
             part("leader", actors.storer, AB, leader=0, crashes=True),
-            part(
-                "late leader",
-                actors.late_leader,
-                X,
-                SECOND_ENGINE,
-                leader=0,
-                attached=False,
-                idles=True,
-            ),
+            late_leader(),
             recoverer(1, crashes=True),
             survivor(2),
         ),
@@ -347,25 +356,8 @@ def worker_scenarios() -> Iterable[Scenario]:
         (),
         (
             part("leader", actors.store_leader, A, leader=0, crashes=True),
-            part(
-                "late leader",
-                actors.late_leader,
-                X,
-                SECOND_ENGINE,
-                leader=0,
-                attached=False,
-                idles=True,
-            ),
-            part(
-                "late worker",
-                actors.late_worker,
-                1,
-                FIRST_ENGINE,
-                leader=0,
-                rank=0,
-                attached=False,
-                idles=True,
-            ),
+            late_leader(),
+            late_worker(),
             recoverer(1),
             survivor(2),
         ),
@@ -409,27 +401,8 @@ def large_scenarios() -> Iterable[Scenario]:
         (),
         (
             part("leader", actors.store_leader, A, leader=0, crashes=True),
-            part(
-                "late leader",
-                actors.late_leader,
-                X,
-                SECOND_ENGINE,
-                leader=0,
-                attached=False,
-                idles=True,
-                crashes=True,
-            ),
-            part(
-                "late worker",
-                actors.late_worker,
-                1,
-                FIRST_ENGINE,
-                leader=0,
-                rank=0,
-                attached=False,
-                idles=True,
-                crashes=True,
-            ),
+            late_leader(crashes=True),
+            late_worker(crashes=True),
             recoverer(1, crashes=True),
             survivor(2),
         ),
@@ -441,9 +414,12 @@ def scenarios() -> list[Scenario]:
     """All of them."""
     return [
         *publish_scenarios(),
+        *duplicate_scenarios(),
         *reuse_scenarios(),
         *operation_scenarios(),
         *recovery_scenarios(),
         *worker_scenarios(),
+        *replacement_scenarios(),
+        *late_scenarios(),
         *large_scenarios(),
     ]

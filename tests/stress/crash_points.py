@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crash at every store to shared memory, one after the other; run on a debug build.
 
-``python -m tests.stress.crash_points`` prints a JSON summary. For n = 1, 2, ... a forked child runs a fixed scenario
-and ends, without any clean-up, just before its n-th store to shared memory (kvbm/_fast/atomics.h); the parent then
-recovers and checks every invariant. It is over when a child reaches the scenario's end.
+``python -m tests.stress.crash_points`` prints a JSON summary. For n = 1, 2, ... a forked child runs
+a fixed scenario and ends, without any clean-up, just before its n-th store to shared memory
+(kvbm/_fast/atomics.h); the parent then recovers and checks every invariant. It is over when a child
+reaches the scenario's end.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def settle(table: OperationTable, handles: list[int]) -> None:
 
 
 def scenario(name: str) -> None:
-    """Every transition once: reserve, publish, evict, abandon, store, load, cancel, reset, leave."""
+    """Every transition: reserve, publish, evict, abandon, store, load, cancel, reset, leave."""
     mine, theirs = Segment.attach(name), Segment.attach(name)
     leader = claim_leader(mine, os.getpid())
     claim_worker(theirs, leader, 0)
@@ -113,9 +114,10 @@ def visit(n: int) -> bool:
                 countdown().value = n
                 scenario(one.name)
                 status = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(status)
+            finally:
+                if status:
+                    traceback.print_exc()
+                os._exit(status)
         _, wait_status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(wait_status)
         assert code in (0, CRASHED), f"store {n}: the scenario failed with {code}"

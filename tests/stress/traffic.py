@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random traffic of one leader on a shared segment, checked against what every slot must hold.
 
-The payload of a slot is 16 bytes in a second shared-memory object: the digest of the block that was stored there last.
-Whoever matches a chain reads the payload of each of its slots while the chain is pinned; a payload that is not the
-digest it asked for is a wrong block. The traffic is a function of the seed, so a failure can be run again.
+The payload of a slot is 16 bytes in a second shared-memory object: the digest of the block that was
+stored there last. Whoever matches a chain reads the payload of each of its slots while the chain is
+pinned; a payload that is not the digest it asked for is a wrong block. The traffic is a function of
+the seed, so a failure can be run again.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ SEQUENCES = 40
 def sequence(number: int) -> list[bytes]:
     """Block hashes of one of the sequences of the traffic."""
     shared = CHAIN_BLOCKS // 3
-    return digests(shared, f"shared {number % 8}") + digests(
-        CHAIN_BLOCKS - shared, f"own {number}"
-    )
+    return digests(shared, f"shared {number % 8}") + digests(CHAIN_BLOCKS - shared, f"own {number}")
 
 
 class Payloads:
@@ -109,7 +108,7 @@ class Traffic:
 
     def store(self, keys: Keys, hashes: list[bytes]) -> None:
         """Reserve what is missing of a sequence, fill it, publish it."""
-        reserved, start, parent = self.reserve(keys)
+        reserved, _, parent = self.reserve(keys)
         position = {digest[:PAYLOAD_BYTES]: digest for digest in hashes}
         for ref, slot in reserved:
             digest = position[self.table.digest_of(ref)]
@@ -124,7 +123,7 @@ class Traffic:
             self.table.unpin(parent)
 
     def abandon(self, refs: list[int]) -> None:
-        """Give back what is still reserved; a recovery that is under way ends within milliseconds."""
+        """Give back what is still reserved; a recovery under way ends within milliseconds."""
         deadline = time.monotonic() + 30
         while not self.table.abandon_reserved(refs):
             assert time.monotonic() < deadline, "a recovery did not end within 30 s"
@@ -142,8 +141,8 @@ class Traffic:
 def run(name: str, seed: int, seconds: float, report: Callable[[Counter[str]], None]) -> None:
     """A leader's process: attach, recover what the dead left, and work until the time is over.
 
-    `report` is called about ten times a second with what has been done since the last call, so that little is
-    lost when the process is killed.
+    `report` is called about ten times a second with what has been done since the last call, so that
+    little is lost when the process is killed.
     """
     segment = attach(name)
     payloads = Payloads(name, segment.shape.host_slots)
