@@ -108,6 +108,7 @@ def test_closing_returns_what_requests_hold(make_engine: MakeEngine) -> None:
     storing = engine.track("storing", 2, seed="other")
     engine.place(storing, [3, 4])
     engine.leader.store(storing, 2)
-    assert engine.leader.sequences
+    leader = engine.leader
+    assert leader.sequences
     engine.close()  # proves that nothing is held
-    assert not engine.leader.sequences
+    assert not leader.sequences
