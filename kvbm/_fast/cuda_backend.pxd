@@ -34,7 +34,7 @@ cdef struct Ticket:                # an operation under way
 
 
 cdef struct Direction:             # loads, or stores
-    kv_cu_stream stream
+    kv_cu_stream streams[2]
     kv_cu_event chunk[16]          # ends of the chunks that were submitted last
     uint32_t submitted             # chunks; differences matter, they wrap around
     uint32_t ended
@@ -51,6 +51,7 @@ cdef class CudaBackend(CopyBackend):
     cdef Group *groups
     cdef uint32_t group_count
     cdef uint32_t chunks_ahead
+    cdef uint32_t stream_count     # of a direction: chunks take turns
     cdef uint32_t flags
     cdef uint64_t block_bytes
     cdef Direction loads
@@ -67,6 +68,7 @@ cdef class CudaBackend(CopyBackend):
     cdef void pump(self, Direction *direction) noexcept nogil
     cdef void leave_queue(self, Direction *direction, uint32_t place) noexcept nogil
     cdef bint has_room(self, Direction *direction) noexcept nogil
+    cdef kv_cu_stream next_stream(self, Direction *direction) noexcept nogil
     cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil
     cdef int copy_rows(self, Ticket *ticket, uint32_t stop_row) noexcept nogil
     cdef void end_submission(self, Direction *direction, Ticket *ticket, int result) noexcept nogil

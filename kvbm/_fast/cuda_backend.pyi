@@ -13,7 +13,7 @@ class CudaBackend(CopyBackend):
         cls,
         device: CudaDevice,
         copiers: list[HostCopier],
-        methods: Sequence[tuple[int, int, int, int, int]],
+        methods: Sequence[tuple[int, int, int, int, int, int]],
         *,
         checksum: bool = False,
     ) -> Self: ...

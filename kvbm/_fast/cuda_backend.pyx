@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between a KV cache on a CUDA device and the host arena, by the device's copy engines.
 
-Two streams, one for loads and one for stores, at the lowest priority and never synchronized with.
-An operation goes to one of them, behind a wait for the place in the engine's stream that it must
+Streams for loads and others for stores, at the lowest priority and never synchronized with. An
+operation goes to those of its kind, behind a wait for the place in the engine's stream that it must
 come after, and is followed by an event; it has ended when the event has. Nobody waits for it.
 
     engine's stream   ... forward s-1 | bind s | forward s | fill s | ...
@@ -14,9 +14,10 @@ come after, and is followed by an event; it has ended when the event has. Nobody
 events of a step are reused MARKS steps later; a copy that is so late waits for the younger step,
 which is more than it must and never less.
 
-An operation is submitted in chunks, and only a few chunks lie on a stream at a time: a copy engine
-takes its copies in order, so the few bytes that the engine itself copies in each step (tokens and
-tables in, samples out) wait for what is on the stream, and for no more. `poll` submits the next
+An operation is submitted in chunks, and only a few chunks are on their way at a time, each behind
+the one before it, on two streams in turn. A copy engine stays with a stream as long as that has
+work: on one stream, the few bytes that the engine itself copies in each step (tokens and tables in,
+samples out) would wait until all chunks are done; so they wait for one. `poll` submits the next
 chunk when the oldest has ended, and looks before each whether the operation is to stop.
 
 Slot headers are written by this thread, before the submission and when the event has ended. After
@@ -72,6 +73,7 @@ logger = logging.getLogger("kvbm.cuda")
 
 cdef enum:
     DEPTH = 4              # operations of a kind under way: the bus is busy while one is submitted
+    STREAMS_MAX = 2        # of a direction
     FAILURES_MAX = 3       # in a row, then the backend gives up
 
 
@@ -85,8 +87,8 @@ cdef class CudaBackend(CopyBackend):
     copiers : list of HostCopier
         One a KV-cache group, in order, whose regions have addresses on the device.
     methods : sequence of CopyMethod
-        One a group: (pitch_bytes, pitched_below_bytes, segments, chunk_bytes, chunks_ahead), from
-        `kvbm.transfer.method`.
+        One a group: (pitch_bytes, pitched_below_bytes, segments, chunk_bytes, chunks_ahead,
+        streams), from `kvbm.transfer.method`.
     checksum : bool
         Write a checksum of the arena's bytes with each stored slot, and verify it with each loaded
         one.
@@ -116,11 +118,13 @@ cdef class CudaBackend(CopyBackend):
         self.tickets = <Ticket *>calloc(PLACES, sizeof(Ticket))
         if self.groups == NULL or self.tickets == NULL:
             raise MemoryError("no memory for a backend's tables")
-        for i, (pitch, below, segments, chunk_bytes, ahead) in enumerate(methods):
-            if not (0 < segments <= SEGMENTS_MAX and 0 < chunk_bytes and 0 < ahead < CHUNKS_MAX):
+        for i, (pitch, below, segments, chunk_bytes, ahead, streams) in enumerate(methods):
+            if not (0 < segments <= SEGMENTS_MAX and 0 < chunk_bytes and 0 < ahead < CHUNKS_MAX
+                    and 0 < streams <= STREAMS_MAX):
                 raise ValueError(
-                    f"segments={segments}, chunk_bytes={chunk_bytes}, chunks_ahead={ahead} are not "
-                    f"allowed: 1 to {SEGMENTS_MAX}, 1 or more, 1 to {CHUNKS_MAX - 1}")
+                    f"segments={segments}, chunk_bytes={chunk_bytes}, chunks_ahead={ahead}, "
+                    f"streams={streams} are not allowed: 1 to {SEGMENTS_MAX}, 1 or more, "
+                    f"1 to {CHUNKS_MAX - 1}, 1 to {STREAMS_MAX}")
             copier = copiers[i]
             self.groups[i].copier = &copier.copier
             self.groups[i].pitch = pitch
@@ -129,6 +133,7 @@ cdef class CudaBackend(CopyBackend):
             self.groups[i].chunk_rows = max(
                 1, min(KV_ROWS, chunk_bytes // copier.copier.block_bytes))
             self.chunks_ahead = ahead
+            self.stream_count = streams
         self.block_bytes = self.groups[0].copier.block_bytes
         CudaBackend_open(self)
 
@@ -221,21 +226,32 @@ cdef class CudaBackend(CopyBackend):
             direction.ended += 1  # an error, too: the operation's own event tells about it
         return direction.submitted - direction.ended < self.chunks_ahead
 
+    cdef kv_cu_stream next_stream(self, Direction *direction) noexcept nogil:
+        """The stream of the next chunk, which now waits for the chunk before it."""
+        cdef kv_cu_stream stream = direction.streams[direction.submitted % self.stream_count]
+        cdef uint32_t last = direction.submitted - 1
+        cdef int error
+        if self.stream_count > 1 and direction.ended != direction.submitted:
+            error = self.cuda.stream_wait(stream, direction.chunk[last % CHUNKS_MAX], 0)
+            if error != KV_CU_SUCCESS:
+                self.failed("cuStreamWaitEvent", error)
+        return stream
+
     cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil:
         """Submit the next rows of an operation; its end as well if they are the last."""
         cdef Group *group = &self.groups[ticket.group]
         cdef uint32_t stop_row = min(ticket.count, ticket.end_row + group.chunk_rows)
+        cdef kv_cu_stream stream = self.next_stream(direction)
         cdef int result, error
         if not ticket.begun:
             ticket.begun = True
             if not self.wait_for_step(ticket.step, &self.filled if ticket.is_store else &self.bound,
-                                      direction.stream):
+                                      stream):
                 self.end_submission(direction, ticket, COPY_FAILED)
                 return True
-        self.pieces.begin(group, ticket.is_store, direction.stream)
+        self.pieces.begin(group, ticket.is_store, stream)
         result = self.copy_rows(ticket, stop_row)
-        error = self.cuda.event_record(direction.chunk[direction.submitted % CHUNKS_MAX],
-                                       direction.stream)
+        error = self.cuda.event_record(direction.chunk[direction.submitted % CHUNKS_MAX], stream)
         if error == KV_CU_SUCCESS:
             direction.submitted += 1
         else:
@@ -277,7 +293,9 @@ cdef class CudaBackend(CopyBackend):
 
         Also after an error: the memory of their slots must not be used again before.
         """
-        cdef int error = self.cuda.event_record(ticket.ended, direction.stream)
+        cdef uint32_t last = direction.submitted - 1
+        cdef int error = self.cuda.event_record(
+            ticket.ended, direction.streams[last % self.stream_count])
         ticket.submitting = False
         ticket.result = result
         self.blocks += ticket.end_row
@@ -402,10 +420,10 @@ cdef int CudaBackend_open(CudaBackend self) except -1:
     cdef uint32_t i
     device.enter()
     device.check("cuCtxGetStreamPriorityRange", self.cuda.priority_range(&least, &greatest))
-    for stream in range(2):
+    for i in range(2 * STREAMS_MAX):
         device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
-            &self.stores.stream if stream else &self.loads.stream, KV_CU_STREAM_NON_BLOCKING,
-            least))
+            &self.loads.streams[i // 2] if i % 2 else &self.stores.streams[i // 2],
+            KV_CU_STREAM_NON_BLOCKING, least))
     self.opened = True
     for i in range(MARKS):
         CudaBackend_event(self, &self.bound.event[i])
@@ -424,12 +442,14 @@ cdef int CudaBackend_event(CudaBackend self, kv_cu_event *event) except -1:
 
 
 cdef int CudaBackend_close(CudaBackend self) except -1:
-    cdef kv_cu_stream load_stream = self.loads.stream, store_stream = self.stores.stream
+    cdef kv_cu_stream *streams = [self.loads.streams[0], self.loads.streams[1],
+                                  self.stores.streams[0], self.stores.streams[1]]
     cdef uint32_t i
     self.device.enter()
     with nogil:
-        self.cuda.stream_synchronize(load_stream)
-        self.cuda.stream_synchronize(store_stream)
+        for i in range(2 * STREAMS_MAX):
+            self.cuda.stream_synchronize(streams[i])
+            self.cuda.stream_destroy(streams[i])
     for i in range(MARKS):
         self.cuda.event_destroy(self.bound.event[i])
         self.cuda.event_destroy(self.filled.event[i])
@@ -438,6 +458,4 @@ cdef int CudaBackend_close(CudaBackend self) except -1:
     for i in range(CHUNKS_MAX):
         self.cuda.event_destroy(self.loads.chunk[i])
         self.cuda.event_destroy(self.stores.chunk[i])
-    self.cuda.stream_destroy(load_stream)
-    self.cuda.stream_destroy(store_stream)
     return 0

@@ -45,7 +45,10 @@ CHUNK_BYTES = 16 << 20
 """Bytes between two events of a stream: 0.3 ms of the bus."""
 
 CHUNKS_AHEAD = 2
-"""Chunks on a stream: one under way and one behind it, so that the bus does not wait."""
+"""Chunks on their way: one being copied and one behind it, so that the bus does not wait."""
+
+STREAMS = 2
+"""Streams that the chunks of one direction take in turn, so that others' copies come between."""
 
 Allocation = tuple[int, int]
 """Begin and size of an allocation, in bytes."""
@@ -65,7 +68,9 @@ class CopyMethod(NamedTuple):
     chunk_bytes
         Bytes that are submitted together, to whole blocks.
     chunks_ahead
-        Chunks on a stream at most; what the engine copies itself waits for so many.
+        Chunks on their way at most.
+    streams
+        Streams of one direction, 1 or 2.
     """
 
     pitch_bytes: int
@@ -73,6 +78,7 @@ class CopyMethod(NamedTuple):
     segments: int
     chunk_bytes: int
     chunks_ahead: int
+    streams: int
 
 
 def uniform_pitch(geometry: KvGeometry, allocation_of: Callable[[int], Allocation | None]) -> int:
@@ -128,4 +134,5 @@ def copy_method(
         segments=SEGMENTS,
         chunk_bytes=CHUNK_BYTES,
         chunks_ahead=CHUNKS_AHEAD,
+        streams=STREAMS,
     )

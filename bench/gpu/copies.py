@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies between a CUDA device and the host arena: raw ceilings and ours, in one run.
+
+``python -m bench.gpu.copies [--quick] [--json FILE]`` on a machine with a CUDA device. Each figure
+is the median of several rounds, in GB/s (10^9 bytes). `of big` compares with one copy of as many
+bytes between pinned memory and the device in the same run; `CPU` is the time of the copy thread in
+submissions, a block. The bytes are compared on the device once for each row of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench.gpu.lane import CacheShape, Lane
+from kvbm.transfer.method import CHUNK_BYTES, CHUNKS_AHEAD, SEGMENTS, STREAMS, CopyMethod
+
+COUNT = 512
+BLOCKS = 1100
+SLOTS = 1152
+SHAPES = (
+    CacheShape("8B bf16, a tensor a layer", 32, 64 << 10),
+    CacheShape("8B bf16, one slab", 32, 64 << 10, slab=True),
+    CacheShape("8B fp8, a tensor a layer", 32, 32 << 10),
+    CacheShape("70B/TP8 bf16, a tensor a layer", 80, 8 << 10),
+    CacheShape("MLA, a tensor a layer", 61, 18 << 10),
+    CacheShape("MLA, one slab", 61, 18 << 10, slab=True),
+    CacheShape("8B bf16, cross-layer", 1, 2 << 20),
+)
+METHODS = {
+    "batch": CopyMethod(0, 0, SEGMENTS, CHUNK_BYTES, CHUNKS_AHEAD, STREAMS),
+    "pitched": CopyMethod(1, 2**63, SEGMENTS, CHUNK_BYTES, CHUNKS_AHEAD, STREAMS),
+}
+SWEEP = tuple(
+    CopyMethod(0, 0, segments, mib << 20, ahead, streams)
+    for segments, mib, ahead, streams in (
+        (256, 16, 2, 1),
+        (256, 16, 1, 1),
+        (256, 8, 2, 2),
+        (256, 16, 2, 2),
+        (256, 16, 3, 2),
+        (256, 32, 2, 2),
+        (128, 16, 2, 2),
+    )
+)
+
+
+@dataclass
+class Row:
+    """One line of the table; speeds in GB/s, CPU in microseconds a block."""
+
+    shape: str
+    method: str
+    pattern: str
+    store: float
+    load: float
+    store_of_big: float
+    load_of_big: float
+    store_cpu_us: float
+    load_cpu_us: float
+
+
+def median_of(rounds: int, measure: Callable[[], float]) -> float:
+    """Run once to warm up, then return the median."""
+    measure()
+    return statistics.median(measure() for _ in range(rounds))
+
+
+def big_copies(size: int, rounds: int) -> tuple[float, float, float]:
+    """GB/s of one copy to the host, one to the device, and of both at once (sum)."""
+    device = torch.empty(2, size, dtype=torch.uint8, device="cuda")
+    host = torch.empty(2, size, dtype=torch.uint8, pin_memory=True)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def run(directions: str) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        if "store" in directions:
+            with torch.cuda.stream(streams[0]):
+                host[0].copy_(device[0], non_blocking=True)
+        if "load" in directions:
+            with torch.cuda.stream(streams[1]):
+                device[1].copy_(host[1], non_blocking=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds = [median_of(rounds, lambda d=d: run(d)) for d in ("store", "load", "store load")]
+    return size / seconds[0] / 1e9, size / seconds[1] / 1e9, 2 * size / seconds[2] / 1e9
+
+
+def device_blocks(pattern: str, seed: int) -> tuple[list[int], list[int]]:
+    """Return two disjoint sets of device blocks."""
+    if pattern == "runs":
+        return list(range(COUNT)), list(range(BLOCKS - COUNT, BLOCKS))
+    blocks = list(range(BLOCKS))
+    random.Random(seed).shuffle(blocks)
+    return blocks[:COUNT], blocks[COUNT : 2 * COUNT]
+
+
+def cpu_us(lane: Lane, copy: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of a copy and microseconds of submission a block."""
+    before = lane.backend.statistics()
+    seconds = copy()
+    after = lane.backend.statistics()
+    blocks = max(1, after["blocks"] - before["blocks"])
+    return seconds, (after["submit_ns"] - before["submit_ns"]) / 1e3 / blocks
+
+
+def measure_lane(lane: Lane, pattern: str, rounds: int, big: tuple[float, float]) -> Row:
+    """Store and load `COUNT` blocks several times; the bytes are compared in the first round."""
+    size = COUNT * lane.shape.block_bytes
+    stores, loads = [], []
+    for number in range(rounds + 1):
+        sources, targets = device_blocks(pattern, number)
+        keys, handles = lane.plan_store(sources)
+        stores.append(cpu_us(lane, lambda h=handles: lane.timed(h)))
+        lane.collect(handles)
+        if number == 0:
+            lane.poison(targets)
+        ref, handles = lane.plan_load(keys, targets)
+        loads.append(cpu_us(lane, lambda h=handles: lane.timed(h)))
+        lane.collect(handles)
+        lane.table.unpin(ref)
+        if number == 0 and not torch.equal(lane.snapshot(sources), lane.snapshot(targets)):
+            raise RuntimeError(f"{lane.shape}, {pattern}: other bytes came back")
+        lane.table.reset()
+    store, load = (
+        [statistics.median(values) for values in zip(*some[1:], strict=True)]
+        for some in (stores, loads)
+    )
+    speeds = size / store[0] / 1e9, size / load[0] / 1e9
+    return Row(
+        shape=lane.shape.name,
+        method="pitched" if lane.method.pitch_bytes else "batch",
+        pattern=pattern,
+        store=speeds[0],
+        load=speeds[1],
+        store_of_big=speeds[0] / big[0],
+        load_of_big=speeds[1] / big[1],
+        store_cpu_us=store[1],
+        load_cpu_us=load[1],
+    )
+
+
+def both_at_once(lane: Lane, pattern: str, rounds: int) -> float:
+    """GB/s (sum) of a load and a store of `COUNT` blocks each, released together."""
+    size = 2 * COUNT * lane.shape.block_bytes
+    sources, targets = device_blocks(pattern, 99)
+    keys, handles = lane.plan_store(sources)
+    lane.timed(handles)
+    lane.collect(handles)
+
+    def once() -> float:
+        ref, loads = lane.plan_load(keys, targets)
+        _, stores = lane.plan_store(sources)
+        seconds = lane.timed([*loads, *stores])
+        lane.collect([*loads, *stores])
+        lane.table.unpin(ref)
+        return seconds
+
+    seconds = median_of(min(rounds, 3), once)
+    lane.table.reset()
+    return size / seconds / 1e9
+
+
+def work(kind: str) -> Callable[[], None]:
+    """Return what the engine's stream does meanwhile: about 15 ms of it."""
+    if kind == "prefill GEMM 8192^3":
+        a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+
+        def gemms() -> None:
+            for _ in range(10):
+                torch.matmul(a, b)
+
+        return gemms
+    weights = [torch.randn(4096, 14336, dtype=torch.bfloat16, device="cuda") for _ in range(24)]
+    x = torch.randn(32, 4096, dtype=torch.bfloat16, device="cuda")
+    for weight in weights:
+        torch.matmul(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            torch.matmul(x, weight)
+
+    def replays() -> None:
+        for _ in range(12):
+            graph.replay()
+
+    return replays
+
+
+def slowdown(lane: Lane, kind: str, direction: str, rounds: int) -> tuple[float, float, float]:
+    """Milliseconds of the work alone and beside a copy, and the copy's GB/s meanwhile."""
+    launch = work(kind)
+    sources, targets = device_blocks("random", 7)
+    keys, handles = lane.plan_store(sources)
+    lane.timed(handles)
+    lane.collect(handles)
+
+    def run(with_copy: bool) -> tuple[float, float]:
+        ref, operations = None, []
+        if with_copy and direction == "load":
+            ref, operations = lane.plan_load(keys, targets)
+        elif with_copy:
+            _, operations = lane.plan_store(sources)
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started = time.perf_counter()
+        lane.release()
+        begin.record()
+        launch()
+        end.record()
+        lane.wait(operations)
+        copied = time.perf_counter() - started
+        torch.cuda.synchronize()
+        lane.collect(operations)
+        if ref is not None:
+            lane.table.unpin(ref)
+        if direction == "store" and with_copy:
+            lane.table.reset()
+        return begin.elapsed_time(end), copied
+
+    alone = statistics.median(run(False)[0] for _ in range(rounds + 1))
+    beside = [run(True) for _ in range(rounds + 1)][1:]
+    lane.table.reset()
+    speed = COUNT * lane.shape.block_bytes / statistics.median(b[1] for b in beside) / 1e9
+    return alone, statistics.median(b[0] for b in beside), speed
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    print("| shape | method | blocks | store | load | store/big | load/big | CPU us store | load |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r.shape} | {r.method} | {r.pattern} | {r.store:.1f} | {r.load:.1f} "
+            f"| {r.store_of_big:.2f} | {r.load_of_big:.2f} | {r.store_cpu_us:.1f} "
+            f"| {r.load_cpu_us:.1f} |"
+        )
+
+
+def small_copy_us(lane: Lane, direction: str, pattern: str, way: str) -> tuple[float, float]:
+    """Median and greatest time of a small copy and its wait while blocks are copied.
+
+    `way` is "out" for 4 bytes to the host, as sampled tokens are, or "in" for 256 KiB to the
+    device, as block tables are.
+    """
+    sources, targets = device_blocks(pattern, 5)
+    keys, handles = lane.plan_store(sources)
+    lane.timed(handles)
+    lane.collect(handles)
+    ref = None
+    if direction == "load":
+        ref, handles = lane.plan_load(keys, targets)
+    else:
+        _, handles = lane.plan_store(sources)
+    size = 1 if way == "out" else 1 << 16
+    device, host = torch.zeros(size, device="cuda"), torch.zeros(size, pin_memory=True)
+    target, source = (host, device) if way == "out" else (device, host)
+    stream, times = torch.cuda.Stream(), []
+    torch.cuda.synchronize()
+    lane.release()
+    with torch.cuda.stream(stream):
+        while not all(lane.loop.rank_ended(handle) for handle in handles):
+            begin = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            stream.synchronize()
+            times.append(time.perf_counter() - begin)
+    lane.collect(handles)
+    if ref is not None:
+        lane.table.unpin(ref)
+    lane.table.reset()
+    return statistics.median(times) * 1e6, max(times) * 1e6
+
+
+def sweep(rounds: int) -> None:
+    """Speeds, and how long the engine's own small copies take, by the way of submission."""
+    print("\nmedian, greatest us of a small copy (4 B out, 256 KiB in) beside a store, a load")
+    print(
+        "| shape | segments | chunk MiB | ahead | streams | blocks | store | load "
+        "| out, store | in, store | out, load | in, load |"
+    )
+    print("|" + "---|" * 12)
+    for shape in (SHAPES[0], SHAPES[4]):
+        for method in SWEEP:
+            lane = Lane(shape, BLOCKS, SLOTS, method)
+            for pattern in ("runs", "random"):
+                row = measure_lane(lane, pattern, rounds, (1.0, 1.0))
+                small = [
+                    small_copy_us(lane, direction, pattern, way)
+                    for direction in ("store", "load")
+                    for way in ("out", "in")
+                ]
+                print(
+                    f"| {shape.name} | {method.segments} | {method.chunk_bytes >> 20} "
+                    f"| {method.chunks_ahead} | {method.streams} | {pattern} "
+                    f"| {row.store:.1f} | {row.load:.1f} | "
+                    + " | ".join(f"{a:.0f}, {b:.0f}" for a, b in small)
+                    + " |",
+                    flush=True,
+                )
+            lane.close()
+
+
+def main() -> None:
+    """Run everything and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sweep", action="store_true")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    extra: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for shape in SHAPES:
+        size = COUNT * shape.block_bytes
+        big = big_copies(size, options.rounds)
+        print(
+            f"{shape.name}: big copies {big[0]:.1f} / {big[1]:.1f}, both {big[2]:.1f}", flush=True
+        )
+        for name in METHODS if shape.slab else ["batch"]:
+            lane = Lane(shape, BLOCKS, SLOTS, METHODS[name])
+            for pattern in ("runs", "random"):
+                rows.append(measure_lane(lane, pattern, options.rounds, big[:2]))
+                both = both_at_once(lane, pattern, options.rounds)
+                print(f"  {name}, {pattern}: both at once {both:.1f} = {both / big[2]:.2f}")
+                extra[f"both {shape.name} {name} {pattern}"] = [both, big[2]]
+            lane.close()
+    show(rows)
+    lane = Lane(SHAPES[0], BLOCKS, SLOTS)
+    print("\n| work | direction | alone ms | beside ms | slow-down | GB/s |")
+    print("|---|---|---|---|---|---|")
+    for kind in ("prefill GEMM 8192^3", "decode graph M=32"):
+        for direction in ("store", "load"):
+            alone, beside, speed = slowdown(lane, kind, direction, options.rounds)
+            print(
+                f"| {kind} | {direction} | {alone:.2f} | {beside:.2f} | {beside / alone:.3f} "
+                f"| {speed:.1f} |",
+                flush=True,
+            )
+            extra[f"beside {kind} {direction}"] = [alone, beside, speed]
+    lane.close()
+    if options.sweep:
+        sweep(options.rounds)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": [asdict(r) for r in rows], **extra}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
