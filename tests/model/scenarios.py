@@ -16,7 +16,6 @@ A, AB, X = ("A",), ("A", "B"), ("X",)
 SEED_A, SEED_B = Seed("A"), Seed("B", 0)
 FILLED_B = Seed("B", 0, 1, PARTIAL, filled=True)
 RESERVED_B = (Reserved(1, 0, 1, "B"),)
-NEW = {"attached": False, "idles": True}  # claims its line later
 TWO = Sizes(blocks=2, slots=2, entries=2)
 
 
