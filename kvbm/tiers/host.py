@@ -117,6 +117,8 @@ def _open_locked(name: str, mode: int, group: int | None) -> int:
             memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, mode=mode)
         except posix_ipc.PermissionsError:
             raise SegmentAccessDenied(name, "it belongs to another user") from None
+        except OSError as error:
+            raise SegmentAccessDenied(name, f"/dev/shm: {error.strerror}") from error
         if (
             try_lock(memory.fd, LOCK_USERS_OFFSET, exclusive=False)
             and os.fstat(memory.fd).st_nlink > 0
@@ -298,6 +300,10 @@ def read_header(instance: str, rank: int) -> ArenaHeader | None:
             return ArenaHeader.unpack(file.read(PAGE_BYTES) or b"")
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise SegmentAccessDenied(
+            arena_name(instance, rank), "it belongs to another user"
+        ) from None
 
 
 def wait_for_headers(instance: str, ranks: int, timeout_secs: float) -> list[ArenaHeader]:
@@ -305,6 +311,8 @@ def wait_for_headers(instance: str, ranks: int, timeout_secs: float) -> list[Are
 
     Raises
     ------
+    SegmentAccessDenied
+        An arena belongs to another user.
     LeaderTimeout
         Some rank has not after `timeout_secs`; it names the ranks.
     """

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be equal for bytes to be reusable."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbm._fast.segment import FORMAT_VERSION
+from kvbm.fingerprint import Fingerprint, weights_version
+
+VALUES: dict[str, Any] = {"model": "m", "dtype": "float16", "ranks": 2, "geometry": ["a", "b"]}
+
+
+def test_equal_values_in_another_order_are_one_fingerprint() -> None:
+    turned = dict(reversed(VALUES.items()))
+    assert Fingerprint(VALUES).digest == Fingerprint(turned).digest
+    assert len(Fingerprint(VALUES).digest) == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model", "n"), ("dtype", "float32"), ("ranks", 1), ("geometry", ["b", "a"]), ("new", None)],
+)
+def test_every_value_counts(name: str, value: Any) -> None:
+    assert Fingerprint(VALUES).digest != Fingerprint({**VALUES, name: value}).digest
+
+
+def test_the_description_can_be_read() -> None:
+    described = json.loads(Fingerprint(VALUES).description)
+    assert described == {"format": FORMAT_VERSION, **VALUES}
+
+
+def test_weights_of_a_folder_are_other_ones_once_a_file_was_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    first = weights_version(str(tmp_path), None)
+    assert weights_version(str(tmp_path), "ignored") == first
+    (tmp_path / "config.json").write_text('{"not": "weights"}')
+    assert weights_version(str(tmp_path), None) == first
+    os.utime(file, ns=(1, 1))
+    second = weights_version(str(tmp_path), None)
+    file.write_bytes(b"weights!")
+    os.utime(file, ns=(1, 1))
+    third = weights_version(str(tmp_path), None)
+    (tmp_path / "more.bin").write_bytes(b"")
+    assert len({first, second, third, weights_version(str(tmp_path), None)}) == 4
+
+
+def test_weights_of_a_name_are_its_revision() -> None:
+    assert weights_version("no/such-model", "abc") == "abc"
+    assert weights_version("no/such-model", None) == "default"

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arenas: their header page, who may use one, and the reservation of their memory."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import posix_ipc
+import pytest
+
+import kvbm.tiers.host
+from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
+from kvbm.instance import SHARED_MEMORY, remove
+from kvbm.tiers.host import (
+    PAGE_BYTES,
+    ArenaHeader,
+    HostArena,
+    read_header,
+    wait_for_headers,
+)
+
+HEADER = ArenaHeader(0, 1, 4096, 8, 0, b"geometry".ljust(32, b"\0"))
+TOTAL = 3 * PAGE_BYTES + 100
+
+
+@pytest.fixture
+def instance() -> Iterator[str]:
+    """Name of an instance; removed at the end."""
+    name = f"host-{os.getpid()}"
+    yield name
+    remove(name)
+
+
+@pytest.fixture
+def arena(instance: str) -> Iterator[HostArena]:
+    """A mapped arena."""
+    made = HostArena(instance, HEADER, exclusive=True)
+    made.map(TOTAL)
+    yield made
+    made.close()
+
+
+def path_of(arena: HostArena) -> Path:
+    """Path of the arena's object."""
+    return SHARED_MEMORY / arena.name.lstrip("/")
+
+
+# ---- header --------------------------------------------------------------------------------------
+def test_a_header_page_is_read_back() -> None:
+    header = ArenaHeader(3, 4, 2**40, 2**33, 2**64 - 1, bytes(range(32)))
+    page = header.pack()
+    assert len(page) == PAGE_BYTES
+    assert ArenaHeader.unpack(page) == header
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 16, 32, 40, 71, 72, 79])
+def test_a_damaged_header_page_is_none(at: int) -> None:
+    page = bytearray(HEADER.pack())
+    page[at] ^= 1
+    assert ArenaHeader.unpack(bytes(page)) is None
+
+
+@pytest.mark.parametrize("page", [b"", b"\0" * PAGE_BYTES, HEADER.pack()[:60]])
+def test_what_is_no_header_page_is_none(page: bytes) -> None:
+    assert ArenaHeader.unpack(page) is None
+
+
+# ---- use -----------------------------------------------------------------------------------------
+def test_a_restart_adopts_the_content_and_its_nonce(instance: str) -> None:
+    first = HostArena(instance, HEADER, exclusive=False)
+    first.belong_to(77)
+    first.map(TOTAL)[5000] = 42
+    first.close()
+    second = HostArena(instance, HEADER, exclusive=False)
+    assert second.header.nonce == 77
+    assert second.map(TOTAL)[5000] == 42
+    second.close()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bytes_per_block": 64}, {"ranks": 2}, {"geometry": b"x" * 32}]
+)
+def test_content_of_another_kind_is_thrown_away_if_nobody_uses_it(
+    instance: str, changes: dict[str, Any]
+) -> None:
+    first = HostArena(instance, HEADER, exclusive=False)
+    first.belong_to(77)
+    first.map(TOTAL)[5000] = 42
+    first.close()
+    second = HostArena(instance, replace(HEADER, **changes), exclusive=False)
+    assert second.header.nonce == 0
+    assert second.map(TOTAL)[5000] == 0
+    second.close()
+
+
+def test_two_engines_share_an_arena_of_one_kind_only(instance: str) -> None:
+    first = HostArena(instance, HEADER, exclusive=False)
+    second = HostArena(instance, HEADER, exclusive=False)
+    with pytest.raises(SegmentInUse, match=instance):
+        HostArena(instance, replace(HEADER, bytes_per_block=64), exclusive=False)
+    with pytest.raises(SegmentInUse, match=instance):
+        HostArena(instance, HEADER, exclusive=True)
+    first.close()
+    second.close()
+
+
+def test_closing_twice_and_with_a_view_of_the_memory_is_harmless(arena: HostArena) -> None:
+    assert arena._map is not None
+    view = memoryview(arena._map)
+    arena.close()
+    arena.close()
+    view[100] = 7  # still there, for whoever holds it
+    view.release()
+    assert path_of(arena).exists()
+
+
+def test_an_object_of_another_user_is_an_error_that_names_it(
+    instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise posix_ipc.PermissionsError
+
+    monkeypatch.setattr(kvbm.tiers.host.posix_ipc, "SharedMemory", denied)
+    with pytest.raises(SegmentAccessDenied, match=instance):
+        HostArena(instance, HEADER, exclusive=False)
+
+
+def test_a_read_only_file_system_is_an_error_that_says_so(
+    instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(kvbm.tiers.host.posix_ipc, "SharedMemory", read_only)
+    with pytest.raises(SegmentAccessDenied, match="Read-only file system"):
+        HostArena(instance, HEADER, exclusive=False)
+
+
+# ---- reservation ---------------------------------------------------------------------------------
+def test_memory_is_reserved_from_the_front_to_the_end(
+    arena: HostArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvbm.tiers.host, "RESERVE_BYTES", PAGE_BYTES)
+    reserved: list[int] = []
+    assert arena.reserve(reserved.append, lambda: False)
+    assert reserved == sorted(set(reserved))
+    assert reserved[-1] == TOTAL
+    assert path_of(arena).stat().st_blocks * 512 >= TOTAL
+
+
+def test_memory_that_is_there_already_is_told_at_once(arena: HostArena) -> None:
+    assert arena.reserve(lambda _: None, lambda: False)
+    reserved: list[int] = []
+    assert arena.reserve(reserved.append, lambda: True)
+    assert reserved == [TOTAL]
+
+
+def test_a_reservation_ends_early_when_it_is_to_stop(
+    arena: HostArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvbm.tiers.host, "RESERVE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(kvbm.tiers.host, "reserve_threads", lambda: 1)
+    reserved: list[int] = []
+    assert not arena.reserve(reserved.append, lambda: len(reserved) >= 2)
+    assert reserved == [PAGE_BYTES, 2 * PAGE_BYTES]
+
+
+def failing_after(good: int, problem: int) -> Callable[..., int]:
+    """A `populate` that fails from the piece after `good` ones on."""
+    calls = [0]
+
+    def populate(*_: Any) -> int:
+        calls[0] += 1
+        return problem if calls[0] > good else 0
+
+    return populate
+
+
+def test_a_full_dev_shm_is_a_message_and_a_smaller_tier(
+    arena: HostArena, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kvbm.tiers.host, "RESERVE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(kvbm.tiers.host, "reserve_threads", lambda: 1)
+    monkeypatch.setattr(kvbm.tiers.host, "populate", failing_after(1, errno.ENOSPC))
+    reserved: list[int] = []
+    with caplog.at_level(logging.ERROR, "kvbm"):
+        assert not arena.reserve(reserved.append, lambda: False)
+    assert reserved == [PAGE_BYTES]
+    assert f"{PAGE_BYTES} of {TOTAL} bytes" in caplog.text
+    assert "DYN_KVBM_CPU_CACHE_GB" in caplog.text
+
+
+def test_an_old_kernel_reserves_by_another_call(
+    arena: HostArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvbm.tiers.host, "populate", failing_after(0, errno.EINVAL))
+    assert arena.reserve(lambda _: None, lambda: False)
+    assert path_of(arena).stat().st_blocks * 512 >= TOTAL
+
+
+# ---- announcement --------------------------------------------------------------------------------
+def test_a_leader_finds_the_headers_of_all_ranks(instance: str) -> None:
+    headers = [replace(HEADER, rank=rank, ranks=2) for rank in range(2)]
+    arenas = [HostArena(instance, header, exclusive=False) for header in headers]
+    assert wait_for_headers(instance, 2, 10.0) == headers
+    for arena in arenas:
+        arena.close()
+
+
+def test_ranks_that_do_not_come_are_named(instance: str) -> None:
+    arena = HostArena(instance, replace(HEADER, rank=1, ranks=3), exclusive=False)
+    with pytest.raises(LeaderTimeout, match=r"0.*2"):
+        wait_for_headers(instance, 3, 0.0)
+    arena.close()
+
+
+def test_a_header_that_may_not_be_read_is_an_error(
+    instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "no")
+
+    assert read_header(instance, 0) is None
+    monkeypatch.setattr(builtins, "open", denied)
+    with pytest.raises(SegmentAccessDenied, match=instance):
+        read_header(instance, 0)
