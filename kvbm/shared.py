@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 CREATOR_SECS = 10.0
 """How long a segment may take from its creation to its magic before it counts as abandoned."""
 
+USER_SECS = 0.5
+"""How long somebody must have been attached at every look to count as a user."""
+
 
 @dataclass(frozen=True)
 class SegmentSpec:
@@ -81,7 +84,7 @@ def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:
     """
     segment = _adopt(spec) or _create(spec)
     try:
-        recover(segment, rebuild=not segment.has_other_users())
+        recover(segment, rebuild=not _in_use(segment))
         claim_leader(segment, engine)
     except SegmentFault as fault:
         segment.close()
@@ -149,12 +152,26 @@ def _adopt(spec: SegmentSpec) -> Segment | None:
     problem = _misfit(segment, spec)
     if problem is None:
         return segment
-    in_use = segment.has_other_users()
+    in_use = _in_use(segment)
     segment.close()
     if in_use:
         raise problem
     _replace(name, problem)
     return None
+
+
+def _in_use(segment: Segment) -> bool:
+    """Return whether somebody stays attached.
+
+    Workers that look for their leader (our own, at this moment) attach again and again for an
+    instant; who uses the segment is there each time.
+    """
+    deadline = time.monotonic() + USER_SECS
+    while segment.has_other_users():
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ import posix_ipc
 import pytest
 
 import kvbm.shared
-from kvbm._fast.segment import MAX_LEADERS
+from kvbm._fast.segment import MAX_LEADERS, Segment, SegmentFault
 from kvbm.errors import FingerprintMismatch, SegmentInUse, TooManyLeaders
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import SHARED_MEMORY, remove, segment_name
@@ -88,6 +89,29 @@ def test_content_that_somebody_uses_is_not_replaced(
         open_as_leader(other, next(_engines))
     assert first.name in str(caught.value)
     first.close()
+
+
+def test_a_worker_that_looks_for_its_leader_is_no_user(spec: SegmentSpec) -> None:
+    first = open_as_leader(spec, next(_engines))
+    nonce = first.nonce
+    first.close()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(FileNotFoundError, SegmentFault):
+                Segment.attach(segment_name(spec.instance)).close()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        other = replace(spec, fingerprint=Fingerprint({"model": "other"}), nonces=(nonce,))
+        second = open_as_leader(other, next(_engines))
+    finally:
+        ended.set()
+        looking.join()
+    assert second.nonce != nonce
+    second.close()
 
 
 def test_both_fingerprints_are_shown(spec: SegmentSpec) -> None:

@@ -72,6 +72,8 @@ class KnownRequest:
         Number of its multimodal inputs: a streaming session gets more.
     preemptions : int
         How often it was preempted.
+    settled : int
+        Blocks before this one need no look any more; -1 if that is not known.
     """
 
     request: "Request"
@@ -79,6 +81,7 @@ class KnownRequest:
     chain: TokenChain | None
     multimodal: int
     preemptions: int
+    settled: int = -1
 
 
 class KvConnectorLeader:
@@ -219,6 +222,7 @@ class KvConnectorLeader:
             return self._track(request)
         if request.num_preemptions != known.preemptions:
             known.preemptions = request.num_preemptions
+            known.settled = -1
             self.leader.preempt(request_id)
         if known.chain is not None:
             if len(request.mm_features or ()) != known.multimodal:
@@ -327,9 +331,18 @@ class KvConnectorLeader:
                 output,
             )
         cached = output.scheduled_cached_reqs
+        scheduled, block_tokens = output.num_scheduled_tokens, self.block_tokens
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
+            known = self._known.get(request_id)
+            if known is None:
+                continue
+            if (
+                blocks is None
+                and (computed + scheduled[request_id]) // block_tokens <= known.settled
+            ):
+                continue  # most requests in most steps: one more token, no new block
             again = request_id in cached.resumed_req_ids
             self._per_request(request_id, self._runs, request_id, computed, blocks, again, output)
         return self.leader.build_step()
@@ -371,8 +384,11 @@ class KvConnectorLeader:
         elif blocks is not None:
             sequence.add_device_blocks(blocks)
         upto = (computed_tokens + output.num_scheduled_tokens[request_id]) // self.block_tokens
-        if self._stores:
+        if self._stores and not sequence.stale:
             self.leader.store(sequence, upto)
+            known.settled = min(group.stored for group in sequence.groups)
+        else:
+            known.settled = upto
 
     @property
     def holds_device_blocks(self) -> bool:

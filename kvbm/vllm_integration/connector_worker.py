@@ -47,7 +47,7 @@ class KvConnectorWorker:
         self._vllm_config = vllm_config
         self._worker: Worker | None = None
         self._load_errors: set[int] = set()
-        self._surprises = 0
+        self._surprises = self._told = 0
 
     def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
         """Find the geometry of the KV cache and begin to work.
@@ -121,10 +121,12 @@ class KvConnectorWorker:
         self._surprises += 1
 
     def stats(self) -> KvbmStats | None:
-        """Surprises on this rank since the last report: all else is counted in the segment."""
+        """Surprises on this rank, if there were any: all else is counted in the segment."""
         if self._surprises:
-            surprises, self._surprises = self._surprises, 0
-            return KvbmStats.of({WORKER_ERRORS: surprises}, {})
+            new, self._told = self._surprises - self._told, self._surprises
+            return KvbmStats.of(
+                {WORKER_ERRORS: new}, {f"{WORKER_ERRORS}.{self.place.rank}": self._surprises}
+            )
         return KvbmStats() if compat.STATS_NEED_A_WORKER else None
 
     def close(self) -> None:

@@ -181,12 +181,19 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Count what a `KvbmStats.data` says beyond what was counted before."""
-        total = transfer_stats_data.get(TOTAL, {})
-        for name, (source, factor, _) in METRICS.items():
-            new = total.get(source, 0) - self._seen.get((source, engine_idx), 0)
-            if new > 0:
-                self._seen[source, engine_idx] = total[source]
+        for source, value in transfer_stats_data.get(TOTAL, {}).items():
+            name, factor = self._metric_of(source)
+            new = value - self._seen.get((source, engine_idx), 0)
+            if name is not None and new > 0:
+                self._seen[source, engine_idx] = value
                 self._counters[name][engine_idx].inc(new * factor)
-        surprises = transfer_stats_data.get(MOVED, {}).get(WORKER_ERRORS, 0)
-        if surprises > 0:
-            self._counters["kvbm_errors"][engine_idx].inc(surprises)
+
+    @staticmethod
+    def _metric_of(source: str) -> tuple[str | None, float]:
+        """Metric that a counter goes into, and the factor."""
+        if source.startswith(WORKER_ERRORS):  # of one rank each
+            return "kvbm_errors", 1.0
+        for name, (counter, factor, _) in METRICS.items():
+            if counter == source:
+                return name, factor
+        return None, 0.0

@@ -363,11 +363,12 @@ def test_a_report_that_was_lost_is_made_up_for_in_prometheus() -> None:
     reports = [
         KvbmStats.of({"blocks_loaded": 2}, {"blocks_loaded": 2}),
         KvbmStats.of({"blocks_loaded": 3}, {"blocks_loaded": 5}),  # lost
-        KvbmStats.of({"evicted": 1, "worker_errors": 2}, {"blocks_loaded": 6, "evicted": 1}),
+        KvbmStats.of({"evicted": 1}, {"blocks_loaded": 6, "evicted": 1, "worker_errors.0": 2}),
     ]
     metrics.observe(reports[0].data, 1)
     metrics.observe(reports[2].data, 1)
     name, labels = "kvbm_onboard_blocks_h2d_total", {"engine": "1"}
     assert registry.get_sample_value(name, labels) == 6
-    assert registry.get_sample_value("kvbm_errors_total", labels) == 2
+    metrics.observe(KvbmStats.of({}, {"worker_errors.0": 2, "worker_errors.1": 5}).data, 1)
+    assert registry.get_sample_value("kvbm_errors_total", labels) == 7
     assert registry.get_sample_value(name, {"engine": "0"}) == 0
