@@ -457,7 +457,8 @@ class Leader:
         if lost and self._attached and not self.workers_lost:
             self.workers_lost = True
             logger.error("worker ranks %s are gone; the cache is off for this engine", lost)
-        if all(line.alive for line in lines) or recover(self.table.segment):
+        fine = all(line.alive for line in lines) and not self.table.segment.recovering
+        if fine or recover(self.table.segment):
             self._look_every = LIVENESS_SECS
         else:  # a dead engine whose workers live: nothing to do until they end
             self._look_every = min(LIVENESS_MAX_SECS, 2 * self._look_every)

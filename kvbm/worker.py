@@ -157,7 +157,7 @@ class Worker:
                 segment = Segment.attach(name)
                 leader = find_leader(segment, key)
                 if leader is not None:
-                    claim_worker(segment, leader, self.place.rank)
+                    claim_worker(segment, leader, self.place.rank, key)
                     return segment
             except (FileNotFoundError, SegmentFault):
                 pass  # not there yet, or about to be replaced

@@ -141,9 +141,10 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
     cdef uint64_t word = kv_u64_load_acquire(&b.word)
     cdef uint32_t ignored = 0
     generation[0] = kv_word_generation(word)
-    if kv_word_state(word) != KV_RESET or not kv_u64_cas_acq_rel(
-            &b.word, &word, kv_word_make(KV_PARTIAL, <uint32_t>1 << view.leader, 0, generation[0])):
+    if kv_word_state(word) != KV_RESET:
         return False  # only a damaged segment gets here: two owners of one record
+    # What identifies the block is written while it is still RESET and private to the caller: a
+    # look-up that sees PARTIAL must not see the digest of the block that was here before.
     kv_u64_store_release(&b.digest_lo, what.digest_lo)  # [D0]
     kv_u64_store_release(&b.digest_hi, what.digest_hi)
     kv_u32_store_relaxed(&b.parent, 0 if what.parent == KV_NONE else what.parent + 1)
@@ -154,6 +155,9 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
     kv_u32_store_relaxed(&cold.position, what.position)
     kv_u32_store_relaxed(&cold.group, what.group)
     kv_u64_store_relaxed(&cold.hits, 0)
+    if not kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
+            KV_PARTIAL, <uint32_t>1 << view.leader, 0, generation[0])):
+        return False
     kv_u64_store_release(&b.placement[KV_TIER_HOST],
                          kv_placement_make(KV_FILLING, generation[0], slot))
     if index_insert(view, what.digest_lo, what.digest_hi, block):

@@ -185,12 +185,12 @@ static inline uint64_t kv_recency_tick(uint64_t r) { return r & 0xfffffffffffful
 /* The radix tree's node. One cache line: a look-up touches a bucket and this. */
 typedef struct kv_block {
     kv_au64 word;                 /* see above */
-    kv_au64 digest_lo;            /* W: owner while PARTIAL, release [D0]; R: acquire [D1] */
+    kv_au64 digest_lo;            /* W: owner while RESET, release [D0]; R: acquire [D1] */
     kv_au64 digest_hi;
     kv_au64 recency;              /* W: a leader at unpin, or at the eviction of a child (maximum);
                                      relaxed: a lost or stale value costs eviction order, nothing
                                      else */
-    kv_au32 parent;               /* block + 1, 0 = root. W: owner while PARTIAL; stable while
+    kv_au32 parent;               /* block + 1, 0 = root. W: owner while RESET; stable while
                                      REGISTERED */
     kv_au32 parent_generation;
     kv_au64 placement[KV_TIERS];  /* W: owner while PARTIAL or EVICTING; publisher FILLING -> READY

@@ -90,9 +90,10 @@ def claim_leader(Segment segment not None, engine_key: int) -> int:
     cdef uint32_t leader
     check_without_line(segment)
     for leader in range(KV_LEADERS):
-        if not workers_are_gone(segment, leader) or not take_line(segment, leader):
+        if not take_line(segment, leader):
             continue
-        if kv_u32_load_acquire(&segment.view.participants[leader].role) != KV_ROLE_NONE:
+        if (kv_u32_load_acquire(&segment.view.participants[leader].role) != KV_ROLE_NONE
+                or not workers_are_gone(segment, leader)):
             lock_drop(segment.fd, line_lock(leader))
             continue
         clear_rings(segment, leader)
@@ -101,14 +102,24 @@ def claim_leader(Segment segment not None, engine_key: int) -> int:
     raise SegmentFault("full", f"{segment.name} has {KV_LEADERS} leaders already")
 
 
-def claim_worker(Segment segment not None, leader: int, rank: int) -> None:
+def claim_worker(Segment segment not None, leader: int, rank: int,
+                 engine_key: int | None = None) -> None:
     """Become rank `rank` of a leader.
+
+    Parameters
+    ----------
+    leader, rank : int
+        Which line.
+    engine_key : int, optional
+        The leader must be alive and of this engine: its slot may be another engine's by now.
 
     Raises
     ------
     SegmentFault
-        Another process is that rank ("full").
+        Another process is that rank, one that died as it is not cleaned up yet, or the leader is
+        not the one that was meant ("full"); may pass, try again.
     """
+    cdef kv_participant *owner
     check_without_line(segment)
     if not 0 <= leader < KV_LEADERS or not 0 <= rank < segment.view.shape.ranks:
         raise IndexError(
@@ -116,8 +127,16 @@ def claim_worker(Segment segment not None, leader: int, rank: int) -> None:
     line = kv_worker_line(leader, rank)
     if not take_line(segment, line):
         raise SegmentFault("full", f"rank {rank} of leader {leader} in {segment.name} is taken")
-    mark_line(segment, line, KV_ROLE_WORKER, leader,
-              kv_u64_load_acquire(&segment.view.participants[leader].engine_key))
+    owner = &segment.view.participants[leader]
+    if (kv_u32_load_acquire(&segment.view.participants[line].role) != KV_ROLE_NONE
+            or (engine_key is not None and (
+                kv_u32_load_acquire(&owner.role) != KV_ROLE_LEADER
+                or kv_u64_load_acquire(&owner.engine_key) != <uint64_t>engine_key
+                or lock_held_by_other(segment.fd, line_lock(leader)) != 1))):
+        lock_drop(segment.fd, line_lock(line))
+        raise SegmentFault(
+            "full", f"rank {rank} of leader {leader} in {segment.name} cannot be claimed now")
+    mark_line(segment, line, KV_ROLE_WORKER, leader, kv_u64_load_acquire(&owner.engine_key))
 
 
 def find_leader(Segment segment not None, engine_key: int) -> int | None:

@@ -4,7 +4,7 @@
 One process recovers at a time: the holder of the recovery lock, which the kernel drops if it dies
 in turn. Every step may run again, from the start, at any time:
 
-1. find dead lines: marked as used, lock not held; a leader is finished with only when none of its
+1. find dead lines: marked as used, and their lock can be taken; it is kept until the end; a leader is finished with only when none of its
    workers lives, because a live worker may still be writing into slots that the leader reserved;
 2. operations of dead leaders are cancelled; ranks that a dead worker was running count as failed;
 3. blocks: holder bits of dead leaders are cleared; what they were filling or evicting goes back to
@@ -19,6 +19,7 @@ Steps 1 to 3 and 5 touch only what belongs to the dead, one compare-and-swap a w
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from kvbm._fast.atomics cimport (
     kv_cpu_pause,
@@ -41,6 +42,7 @@ from kvbm._fast.layout cimport (
     KV_NONE,
     KV_OP_COMPLETE,
     KV_OP_FAILED,
+    KV_OP_FINISHING,
     KV_OP_FREE,
     KV_OPERATIONS_PER_LEADER,
     KV_PARTIAL,
@@ -58,6 +60,7 @@ from kvbm._fast.layout cimport (
     KV_TIER_HOST,
     kv_block,
     kv_count,
+    kv_op_finisher,
     kv_op_generation,
     kv_op_rank,
     kv_op_state,
@@ -73,8 +76,13 @@ from kvbm._fast.layout cimport (
     kv_word_state,
     kv_worker_line,
 )
-from kvbm._fast.locks cimport lock_drop, lock_held_by_other, lock_take
-from kvbm._fast.operations cimport operation_cancel, operation_end, operation_recycle
+from kvbm._fast.locks cimport lock_drop, lock_take
+from kvbm._fast.operations cimport (
+    operation_cancel,
+    operation_end,
+    operation_finished,
+    operation_recycle,
+)
 from kvbm._fast.pool cimport pool_set_word
 from kvbm._fast.segment cimport Segment, line_lock, recovery_lock
 
@@ -83,26 +91,46 @@ cdef enum:
 
 
 cdef struct Recovery:
-    uint8_t dead[272]        # by line
+    uint8_t dead[272]        # by line: marked as used, and its lock is held by this recovery
+    uint8_t locked[272]      # by line: locked by this recovery, so that nobody claims it meanwhile
     uint32_t dead_leaders    # bits
     uint32_t busy_leaders    # dead, but a worker of theirs is alive
-    uint8_t *protected_      # by block: a live worker of a dead leader fills it
+    uint32_t *protected_     # by block: generation + 1 that a live worker of a dead leader fills
     uint32_t *children       # by block: recounted
     uint64_t *named          # bitmap of one pool
 
 
+cdef bint take_line_lock(kv_view *view, int fd, Recovery *r, uint32_t line) noexcept nogil:
+    """Lock a line whose process is dead, so that it cannot come to life under the recovery."""
+    if line == view.self:
+        return False
+    if not r.locked[line]:
+        r.locked[line] = lock_take(fd, line_lock(line), True) == 1
+    return r.locked[line]
+
+
 cdef void find_dead(kv_view *view, int fd, Recovery *r) noexcept nogil:
+    """Step 1. The lines of the dead, and all worker lines of dead leaders, are locked."""
     cdef uint32_t line, leader, rank
     for line in range(KV_PARTICIPANTS):
-        r.dead[line] = (kv_u32_load_acquire(&view.participants[line].role) != KV_ROLE_NONE
-                        and line != view.self and lock_held_by_other(fd, line_lock(line)) == 0)
+        if kv_u32_load_acquire(&view.participants[line].role) != KV_ROLE_NONE:
+            # The role once more: its owner may have left in good order before the lock was taken.
+            r.dead[line] = (take_line_lock(view, fd, r, line) and kv_u32_load_acquire(
+                &view.participants[line].role) != KV_ROLE_NONE)
     for leader in range(KV_LEADERS):
         if not r.dead[leader]:
             continue
         r.dead_leaders |= <uint32_t>1 << leader
         for rank in range(view.shape.ranks):
-            if lock_held_by_other(fd, line_lock(kv_worker_line(leader, rank))) != 0:
+            if not take_line_lock(view, fd, r, kv_worker_line(leader, rank)):
                 r.busy_leaders |= <uint32_t>1 << leader
+
+
+cdef void drop_line_locks(int fd, Recovery *r) noexcept nogil:
+    cdef uint32_t line
+    for line in range(KV_PARTICIPANTS):
+        if r.locked[line]:
+            lock_drop(fd, line_lock(line))
 
 
 cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
@@ -123,6 +151,10 @@ cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
                     # A rank that never began fails with the cancel, one that was running here.
                     operation_cancel(view, op, kv_op_generation(word))
                     operation_end(view, op, rank, False)
+            word = kv_u64_load_acquire(&op.word)
+            if (kv_op_state(word) == KV_OP_FINISHING
+                    and r.dead[kv_worker_line(leader, kv_op_finisher(word))]):
+                operation_finished(view, op)  # its leader publishes what the dead rank did not
             if not (r.dead_leaders >> leader) & 1:
                 continue
             word = kv_u64_load_acquire(&op.word)
@@ -131,7 +163,7 @@ cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
             elif (r.busy_leaders >> leader) & 1:
                 for i in range(op.row_count if op.row_count <= 128 else 128):
                     if op.rows[i].block < view.shape.block_capacity:
-                        r.protected_[op.rows[i].block] = 1
+                        r.protected_[op.rows[i].block] = op.rows[i].generation + 1
             else:  # nobody runs it: FINISHING when its last worker died
                 operation_recycle(view, op)
 
@@ -143,7 +175,8 @@ cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nog
     cdef uint32_t holders, ignored = 0
     while True:
         holders = kv_word_holders(word)
-        if holders & r.dead_leaders == 0 or r.protected_[block]:
+        if (holders & r.dead_leaders == 0
+                or r.protected_[block] == kv_word_generation(word) + 1):
             return
         if kv_word_state(word) == KV_REGISTERED:
             if kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
@@ -293,7 +326,9 @@ def recover(Segment segment not None, rebuild: bool = False) -> int:
         return 0
     capacity = segment.view.shape.block_capacity
     r.dead_leaders = r.busy_leaders = 0
-    r.protected_ = <uint8_t *>calloc(capacity, 1)
+    r.protected_ = <uint32_t *>calloc(capacity, sizeof(uint32_t))
+    memset(r.dead, 0, sizeof(r.dead))
+    memset(r.locked, 0, sizeof(r.locked))
     r.children = <uint32_t *>calloc(capacity, sizeof(uint32_t))
     r.named = <uint64_t *>calloc((max(capacity, segment.view.shape.host_slots,
                                       segment.view.shape.disk_slots) + 63) // 64, sizeof(uint64_t))
@@ -303,6 +338,7 @@ def recover(Segment segment not None, rebuild: bool = False) -> int:
         with nogil:
             released = recover_locked(&segment.view, segment.fd, again, &r)
     finally:
+        drop_line_locks(segment.fd, &r)
         free(r.protected_)
         free(r.children)
         free(r.named)

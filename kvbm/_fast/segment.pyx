@@ -389,6 +389,12 @@ cdef class Segment:
         return None if self.view.leader == KV_NONE else self.view.leader
 
     @property
+    def recovering(self) -> bool:
+        """True while somebody recovers, or after a recoverer died: call `recovery.recover`."""
+        self.check_open()
+        return kv_u32_load_acquire(&self.view.header.recovering) != 0
+
+    @property
     def key_epoch(self) -> int:
         """Mixed into digests; grows by one at each reset."""
         self.check_open()
