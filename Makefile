@@ -9,7 +9,8 @@ SETUP := $(PYTHON) scripts/setup_env.py
 PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm build demo test test-fast e2e test-versions stress bench lint tsan asan clean
+.PHONY: help setup setup-vllm build demo test test-fast e2e test-versions stress bench lint
+.PHONY: tsan asan clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14

@@ -52,10 +52,10 @@ VERSIONS = (
     "0.32.0",
 )
 TESTS = (
-    "tests/vllm_integration/test_interface.py",
+    "tests/vllm_integration/test_compat_interface.py",
     "tests/vllm_integration/test_connector.py",
-    "tests/vllm_integration/test_identity.py",
-    "tests/vllm_integration/test_start.py",
+    "tests/vllm_integration/test_connector_leader_identity.py",
+    "tests/vllm_integration/test_engine_start.py",
     "tests/e2e/test_lives.py",
     "tests/e2e/test_host_tier.py",
     "tests/e2e/test_load_errors.py",

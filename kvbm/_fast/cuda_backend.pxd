@@ -29,6 +29,7 @@ cdef struct Ticket:                # an operation under way
     bint is_store
     bint begun                     # its stream waits for its step
     bint submitting                # there are rows left
+    uint32_t errors                # of the direction when it was submitted
     kv_row rows[128]
     uint64_t digests[256]
 
@@ -38,6 +39,7 @@ cdef struct Direction:             # loads, or stores
     kv_cu_event chunk[16]          # ends of the chunks that were submitted last
     uint32_t submitted             # chunks; differences matter, they wrap around
     uint32_t ended
+    uint32_t errors                # chunks that ended with one
     uint32_t queue[8]              # places whose rows are not all submitted, in order
     uint32_t head
     uint32_t tail
@@ -68,7 +70,7 @@ cdef class CudaBackend(CopyBackend):
     cdef void pump(self, Direction *direction) noexcept nogil
     cdef void leave_queue(self, Direction *direction, uint32_t place) noexcept nogil
     cdef bint has_room(self, Direction *direction) noexcept nogil
-    cdef kv_cu_stream next_stream(self, Direction *direction) noexcept nogil
+    cdef bint follow_last(self, Direction *direction, kv_cu_stream stream) noexcept nogil
     cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil
     cdef int copy_rows(self, Ticket *ticket, uint32_t stop_row) noexcept nogil
     cdef void end_submission(self, Direction *direction, Ticket *ticket, int result) noexcept nogil

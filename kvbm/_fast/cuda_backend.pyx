@@ -177,6 +177,7 @@ cdef class CudaBackend(CopyBackend):
             self.failed("cuCtxSetCurrent", error)
             return COPY_FAILED
         ticket.is_store = op.kind == KV_STORE
+        direction = &self.stores if ticket.is_store else &self.loads
         ticket.should_stop = should_stop
         ticket.context = context
         ticket.step = op.step
@@ -184,10 +185,10 @@ cdef class CudaBackend(CopyBackend):
         ticket.count = op.row_count
         ticket.end_row = 0
         ticket.begun = False
+        ticket.errors = direction.errors
         ticket.submitting = True
         memcpy(ticket.rows, op.rows, ticket.count * sizeof(kv_row))
         memcpy(ticket.digests, digests, 2 * ticket.count * sizeof(uint64_t))
-        direction = &self.stores if ticket.is_store else &self.loads
         direction.queue[direction.tail % DEPTH_MAX] = place
         direction.tail += 1
         self.pump(direction)
@@ -221,34 +222,42 @@ cdef class CudaBackend(CopyBackend):
         direction.tail = kept
 
     cdef bint has_room(self, Direction *direction) noexcept nogil:
-        while (direction.ended != direction.submitted and self.cuda.event_query(
-                direction.chunk[direction.ended % CHUNKS_MAX]) != KV_CU_NOT_READY):
-            direction.ended += 1  # an error, too: the operation's own event tells about it
+        cdef int error
+        while direction.ended != direction.submitted:
+            error = self.cuda.event_query(direction.chunk[direction.ended % CHUNKS_MAX])
+            if error == KV_CU_NOT_READY:
+                break
+            if error != KV_CU_SUCCESS:
+                self.failed("a copy", error)
+                direction.errors += 1
+            direction.ended += 1
         return direction.submitted - direction.ended < self.chunks_ahead
 
-    cdef kv_cu_stream next_stream(self, Direction *direction) noexcept nogil:
-        """The stream of the next chunk, which now waits for the chunk before it."""
-        cdef kv_cu_stream stream = direction.streams[direction.submitted % self.stream_count]
+    cdef bint follow_last(self, Direction *direction, kv_cu_stream stream) noexcept nogil:
+        """Make a stream wait for the chunk that was submitted last."""
         cdef uint32_t last = direction.submitted - 1
         cdef int error
-        if self.stream_count > 1 and direction.ended != direction.submitted:
-            error = self.cuda.stream_wait(stream, direction.chunk[last % CHUNKS_MAX], 0)
-            if error != KV_CU_SUCCESS:
-                self.failed("cuStreamWaitEvent", error)
-        return stream
+        if self.stream_count == 1 or direction.ended == direction.submitted:
+            return True
+        error = self.cuda.stream_wait(stream, direction.chunk[last % CHUNKS_MAX], 0)
+        if error != KV_CU_SUCCESS:
+            self.failed("cuStreamWaitEvent", error)
+        return error == KV_CU_SUCCESS
 
     cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil:
         """Submit the next rows of an operation; its end as well if they are the last."""
         cdef Group *group = &self.groups[ticket.group]
         cdef uint32_t stop_row = min(ticket.count, ticket.end_row + group.chunk_rows)
-        cdef kv_cu_stream stream = self.next_stream(direction)
+        cdef kv_cu_stream stream = direction.streams[direction.submitted % self.stream_count]
+        cdef bint ordered = self.follow_last(direction, stream)
         cdef int result, error
-        if not ticket.begun:
+        if ordered and not ticket.begun:
             ticket.begun = True
-            if not self.wait_for_step(ticket.step, &self.filled if ticket.is_store else &self.bound,
-                                      stream):
-                self.end_submission(direction, ticket, COPY_FAILED)
-                return True
+            ordered = self.wait_for_step(
+                ticket.step, &self.filled if ticket.is_store else &self.bound, stream)
+        if not ordered:
+            self.end_submission(direction, ticket, COPY_FAILED)
+            return True
         self.pieces.begin(group, ticket.is_store, stream)
         result = self.copy_rows(ticket, stop_row)
         error = self.cuda.event_record(direction.chunk[direction.submitted % CHUNKS_MAX], stream)
@@ -321,6 +330,8 @@ cdef class CudaBackend(CopyBackend):
         if error != KV_CU_SUCCESS:
             self.failed("a copy", error)
             return COPY_FAILED
+        if ticket.errors != direction.errors:
+            return COPY_FAILED  # of a chunk, maybe one of this operation
         if ticket.result == COPY_DONE:
             self.failures = 0
         return self.arrived(ticket, failed_row)

@@ -4,8 +4,9 @@
 One process recovers at a time: the holder of the recovery lock, which the kernel drops if it dies
 in turn. Every step may run again, from the start, at any time:
 
-1. find dead lines: marked as used, and their lock can be taken; it is kept until the end; a leader is finished with only when none of its
-   workers lives, because a live worker may still be writing into slots that the leader reserved;
+1. find dead lines: marked as used, and their lock can be taken; it is kept until the end; a leader
+   is finished with only when none of its workers lives, because a live worker may still be writing
+   into slots that the leader reserved;
 2. operations of dead leaders are cancelled; ranks that a dead worker was running count as failed;
 3. blocks: holder bits of dead leaders are cleared; what they were filling or evicting goes back to
    RESET;

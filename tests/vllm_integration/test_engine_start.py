@@ -21,7 +21,7 @@ from kvbm.errors import (
     LeaderTimeout,
     SegmentInUse,
 )
-from kvbm.instance import SHARED_MEMORY
+from kvbm.instance import SHARED_MEMORY, instances
 from kvbm.vllm_integration.connector import DynamoConnector
 from tests.vllm_integration.connected import (
     BLOCK,
@@ -138,6 +138,7 @@ def test_a_tensor_that_is_not_understood_is_shown() -> None:
 def test_without_a_kv_cache_configuration_the_block_size_of_the_engine_counts() -> None:
     worker = DynamoConnector(configuration(), KVConnectorRole.WORKER, None)
     worker.register_kv_caches(tensors())
+    assert worker._worker is not None
     worker.shutdown()
 
 
@@ -234,4 +235,6 @@ def test_a_named_cache_is_warm_for_the_next_engine(shared: str) -> None:
 def test_shutting_down_twice_is_harmless() -> None:
     engine = Connected()
     engine.close()
+    left = instances()
     engine.close()
+    assert instances() == left
