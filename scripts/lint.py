@@ -85,7 +85,9 @@ def run(name: str) -> tuple[int, str]:
         The exit status and what the checker printed.
     """
     # stubtest imports the modules: from the checkout, where the in-place build is.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # cython-lint calls pycodestyle by name: the one of this environment, activated or not.
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": tools}
     done = subprocess.run(
         CHECKS[name](),
         cwd=ROOT,
