@@ -40,7 +40,6 @@ from kvbm._fast.layout cimport (
     KV_EMPTY,
     KV_EVICTING,
     KV_LEADERS,
-    KV_NONE,
     KV_OP_COMPLETE,
     KV_OP_FAILED,
     KV_OP_FINISHING,
@@ -51,9 +50,7 @@ from kvbm._fast.layout cimport (
     KV_POOL_BLOCKS,
     KV_POOL_DISK,
     KV_POOL_HOST,
-    KV_POOLS,
     KV_RANK_DONE,
-    KV_RANKS,
     KV_REGISTERED,
     KV_RESET,
     KV_ROLE_NONE,
@@ -200,11 +197,11 @@ cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nog
 cdef bint nobody_inside(kv_view *view, Recovery *r) noexcept nogil:
     """[S3] True once every live participant has been seen outside, within a bounded time."""
     cdef uint32_t line
-    cdef int spin
+    cdef int _spin
     for line in range(KV_PARTICIPANTS):
         if line == view.self or r.dead[line]:
             continue
-        for spin in range(INSIDE_SPINS):
+        for _spin in range(INSIDE_SPINS):
             if kv_u32_load_seq_cst(&view.participants[line].inside) == 0:
                 break
             kv_cpu_pause()
@@ -319,7 +316,7 @@ def recover(Segment segment not None, rebuild: bool = False) -> int:
         Lines of dead participants that were cleaned up.
     """
     cdef Recovery r
-    cdef uint32_t capacity, i
+    cdef uint32_t capacity
     cdef int released = 0
     cdef bint again = rebuild
     segment.check_open()
