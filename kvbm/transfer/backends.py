@@ -213,7 +213,7 @@ class RankCopies:
                     "the host tier stays at %d of %d blocks: %s",
                     self._usable,
                     self._layout.slots,
-                    fault,
+                    str(fault),  # whoever keeps the record keeps no frame of this
                 )
                 return self._usable
         self._usable = usable
