@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import posix_ipc
 
-from kvbm._fast.participants import claim_leader
+from kvbm._fast.participants import claim_leader, participants
 from kvbm._fast.recovery import recover
 from kvbm._fast.segment import MAX_LEADERS, Segment, SegmentFault, Shape, shape_for
 from kvbm.errors import (
@@ -84,7 +84,7 @@ def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:
     """
     segment = _adopt(spec) or _create(spec)
     try:
-        recover(segment, rebuild=not _in_use(segment))
+        recover(segment, rebuild=not any(line.alive for line in participants(segment)))
         claim_leader(segment, engine)
     except SegmentFault as fault:
         segment.close()
