@@ -80,6 +80,7 @@ class Leader:
         self._uncollected: list[int] = []
         self._not_loaded: set[int] = set()
         self._attached = False
+        self._reported = False
         self._look_at = time.monotonic() + LIVENESS_SECS
         self._look_every = LIVENESS_SECS
 
@@ -370,7 +371,9 @@ class Leader:
             self._drop_old_matches(built.step)
             self._look_for_the_dead()
         except Exception:
-            logger.exception("the leader's work between two steps failed")
+            if not self._reported:  # it may come again in each step
+                self._reported = True
+                logger.exception("the leader's work between two steps failed")
             self.table.count("errors", 1)
         return built
 
