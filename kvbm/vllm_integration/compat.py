@@ -41,6 +41,9 @@ HASHES_NEED_IDENTITY = not hasattr(kv_cache_utils, "to_event_extra_keys")
 STATS_NEED_A_WORKER = (0, 0) < VERSION < (0, 24)
 """Before 0.24, the scheduler side's statistics are asked for only if a worker has given some."""
 
+STATS_GET_LOST = (0, 0) < VERSION < (0, 28)
+"""Before 0.28, statistics of a step without output do not reach the front end of an LLM object."""
+
 
 def host_hit_source() -> Any:
     """0.32: what prefix-cache hits from host memory are called in vLLM's metrics; None before."""

@@ -129,7 +129,7 @@ class KvConnectorLeader:
         self.leader = Leader(OperationTable(self.segment), self.block_tokens)
         if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
             self.leader.wait_for_workers(WARM_START_SECS)  # so that the first request finds it
-        self._stats = StatsReader(self.segment)
+        self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
         at_exit(self, self.close)
 
     @staticmethod

@@ -70,8 +70,8 @@ class KvbmStats(KVConnectorStats):
         return cls(data={MOVED: moved, TOTAL: total})
 
     def is_empty(self) -> bool:
-        """Return whether nothing moved."""
-        return not any(self.data.get(MOVED, {}).values())
+        """Return whether there is nothing to report."""
+        return not any(any(numbers.values()) for numbers in self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> "KvbmStats":
         """Add what another process or a later moment reported."""
@@ -113,10 +113,13 @@ class StatsReader:
     ----------
     segment : Segment
         Attached.
+    repeat : bool
+        Reports may get lost: say the totals again although nothing moved since.
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, repeat: bool = False) -> None:
         self._segment = segment
+        self._repeat = repeat
         self._names = sorted({counter for counter, _, _ in METRICS.values()})
         self._first = self._last = self._counters()
         self._at = 0.0
@@ -139,12 +142,13 @@ class StatsReader:
         counters = self._counters()
         moved = {name: counters[name] - self._last[name] for name in self._names}
         moved = {name: value for name, value in moved.items() if value > 0}
-        if not moved:
+        if not moved and not self._repeat:
             return None
         self._at, self._last = now, counters
-        return KvbmStats.of(
+        stats = KvbmStats.of(
             moved, {name: counters[name] - self._first[name] for name in self._names}
         )
+        return None if stats.is_empty() else stats
 
 
 class KvbmPromMetrics(KVConnectorPromMetrics):
