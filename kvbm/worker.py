@@ -300,6 +300,16 @@ class Worker:
             logger.exception("rank %d: a load cannot be looked at", self.place.rank)
             return order.device_blocks
 
+    @staticmethod
+    def _has_ended(thread: threading.Thread | None) -> bool:
+        """Wait for a thread; False if it does not end, so that what it uses must stay mapped."""
+        if thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout=JOIN_SECS)
+        if thread.is_alive():
+            logger.error("%s does not end; its memory stays mapped", thread.name)
+        return not thread.is_alive()
+
     def close(self) -> None:
         """Stop the threads and detach; the last user of a private instance removes it.
 
@@ -308,12 +318,9 @@ class Worker:
         self._closing.set()
         if self.loop is not None:
             self.loop.stop()
-        for thread in (self._copies, self._reserving):
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(timeout=JOIN_SECS)
-                if thread.is_alive():  # it still uses what would be unmapped here
-                    logger.error("%s does not end; its memory stays mapped", thread.name)
-                    return
+        # In this order: the first makes the second, perhaps at this moment.
+        if not (self._has_ended(self._copies) and self._has_ended(self._reserving)):
+            return
         self.loop = None
         if self.segment is not None:
             self.segment.close()

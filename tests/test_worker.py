@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -193,6 +194,31 @@ def test_a_worker_that_is_closed_before_its_leader_came_ends(make_engine: MakeEn
     worker = engine.start_worker()
     worker.close()
     assert not worker.copying
+    assert worker.segment is None
+
+
+def test_a_worker_that_is_closed_while_it_opens_its_arena_leaves_no_thread(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(start=False, host_slots=500)
+    opening, go_on = threading.Event(), threading.Event()
+    real = Worker._open_arena
+
+    def slowly(worker: Worker, segment: Segment) -> Any:
+        opening.set()
+        go_on.wait(20.0)
+        return real(worker, segment)
+
+    monkeypatch.setattr(Worker, "_open_arena", slowly)
+    worker = engine.start_worker()
+    engine.start_leader()
+    assert opening.wait(20.0)
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    assert wait_until(worker._closing.is_set)
+    go_on.set()
+    closing.join()
+    assert worker._reserving is None or not worker._reserving.is_alive()
     assert worker.segment is None
 
 
