@@ -14,6 +14,7 @@ from kvbm._fast.segment import Segment
 from kvbm.errors import GeometryError, SegmentInUse
 from kvbm.instance import segment_name
 from kvbm.step import LoadOrder, StepMetadata
+from kvbm.tiers.host import HostArena
 from kvbm.transfer.geometry import geometry_of
 from kvbm.worker import Worker, WorkerPlace
 from tests.leaks import wait_until
@@ -197,11 +198,11 @@ def test_a_worker_that_is_closed_before_its_leader_came_ends(make_engine: MakeEn
     assert worker.segment is None
 
 
-def test_a_worker_that_is_closed_while_it_opens_its_arena_leaves_no_thread(
+def test_a_worker_that_is_closed_while_it_opens_its_arena_waits_for_its_threads(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(start=False, host_slots=500)
-    opening, go_on = threading.Event(), threading.Event()
+    engine = make_engine(start=False)
+    opening, go_on, reserved = threading.Event(), threading.Event(), threading.Event()
     real = Worker._open_arena
 
     def slowly(worker: Worker, segment: Segment) -> Any:
@@ -210,6 +211,7 @@ def test_a_worker_that_is_closed_while_it_opens_its_arena_leaves_no_thread(
         return real(worker, segment)
 
     monkeypatch.setattr(Worker, "_open_arena", slowly)
+    monkeypatch.setattr(HostArena, "reserve", lambda *_: reserved.wait(20.0))
     worker = engine.start_worker()
     engine.start_leader()
     assert opening.wait(20.0)
@@ -217,8 +219,11 @@ def test_a_worker_that_is_closed_while_it_opens_its_arena_leaves_no_thread(
     closing.start()
     assert wait_until(worker._closing.is_set)
     go_on.set()
+    assert wait_until(lambda: not worker._copies.is_alive())
+    closing.join(0.2)
+    assert worker.segment is not None  # the thread that reserves memory still uses it
+    reserved.set()
     closing.join()
-    assert worker._reserving is None or not worker._reserving.is_alive()
     assert worker.segment is None
 
 
