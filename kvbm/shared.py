@@ -21,7 +21,7 @@ from kvbm.errors import (
     VersionMismatch,
 )
 from kvbm.fingerprint import Fingerprint
-from kvbm.instance import is_private, remove, segment_name
+from kvbm.instance import is_private, remove_if_unused, segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,7 @@ def _replace(name: str, problem: SegmentError) -> None:
 
 
 def close_and_remove(segment: Segment, instance: str) -> None:
-    """Detach a leader; a private instance has no other and is removed.
-
-    Its workers may still be attached, or end without being asked to: the names go now, the memory
-    goes with the last of them.
-    """
+    """Detach; the last user of a private instance removes it."""
     segment.close()
     if is_private(instance):
-        remove(instance)
+        remove_if_unused(instance)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment, segment_bytes
+from kvbm.closing import close_at_exit
 from kvbm.fingerprint import Fingerprint
 from kvbm.hashing import (
     MultimodalItem,
@@ -26,7 +27,7 @@ from kvbm.hashing import (
     identity_mix,
     token_chain,
 )
-from kvbm.instance import engine_key, is_private, remove_dead_private_instances
+from kvbm.instance import engine_key, is_private, remove, remove_dead_private_instances
 from kvbm.leader import Leader
 from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
@@ -34,7 +35,6 @@ from kvbm.step import StepMetadata
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.engine import (
-    at_exit,
     block_tokens_of,
     check_model,
     fingerprint_values,
@@ -130,7 +130,7 @@ class KvConnectorLeader:
         if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
             self.leader.wait_for_workers(WARM_START_SECS)  # so that the first request finds it
         self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
-        at_exit(self, self.close)
+        close_at_exit(self, self.close)
 
     @staticmethod
     def _use_recompute_policy(vllm_config: "VllmConfig") -> None:
@@ -412,6 +412,10 @@ class KvConnectorLeader:
         if self.leader is not None:
             self.leader.close()
             close_and_remove(self.segment, self.instance)
+            if is_private(self.instance):
+                # vLLM may end its workers after this, without asking them to close: the names go
+                # now, the memory goes with the last worker.
+                remove(self.instance)
             self.leader = None  # type: ignore[assignment]
 
 
