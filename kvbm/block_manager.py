@@ -29,6 +29,7 @@ from kvbm._fast.segment import Segment
 from kvbm._fast.table import BlockTable
 from kvbm.block import BlockList
 from kvbm.block_memory import BlockMemory, BlockShape, device_memory, element_type, map_arena
+from kvbm.closing import close_at_exit
 from kvbm.config import Settings, load_settings
 from kvbm.config_sizes import check_shm_room
 from kvbm.errors import ConfigError, UnsupportedCacheLevel
@@ -42,7 +43,7 @@ from kvbm.instance import (
 )
 from kvbm.pool import BlockPool
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
-from kvbm.standalone import KvbmLeader, close_at_exit, open_segment
+from kvbm.standalone import KvbmLeader, open_segment
 from kvbm.tiers.host import ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
 

@@ -12,13 +12,12 @@ both, and `DYN_KVBM_INSTANCE` where they are to share blocks.
 
 from __future__ import annotations
 
-import atexit
 import os
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvbm._fast.segment import MAX_RANKS, Segment, segment_bytes
+from kvbm.closing import close_at_exit
 from kvbm.config import Settings, load_settings
 from kvbm.errors import BlockError, ConfigError
 from kvbm.fingerprint import Fingerprint
@@ -29,26 +28,13 @@ from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of
 from kvbm.worker import Worker, WorkerPlace
 
-__all__ = ["KvbmLeader", "KvbmWorker", "close_at_exit", "default_engine_id"]
+__all__ = ["KvbmLeader", "KvbmWorker", "default_engine_id"]
 
 
 def default_engine_id() -> str:
     """Name of the engine that the processes of one job have in common."""
     namespace = os.stat("/proc/self/ns/pid").st_ino
     return f"kvbm-{os.getuid()}-{namespace}-{os.getpgrp()}"
-
-
-def close_at_exit(owner: object, close: Callable[[], None]) -> None:
-    """Call a bound method when the process ends, unless its object has gone before."""
-    method = weakref.WeakMethod(close)
-
-    def call() -> None:
-        bound = method()
-        if bound is not None:
-            bound()
-
-    atexit.register(call)
-    weakref.finalize(owner, atexit.unregister, call).atexit = False
 
 
 def _refuse_runtime(drt: object) -> None:

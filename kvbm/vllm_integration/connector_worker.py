@@ -4,12 +4,13 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from kvbm.closing import close_at_exit
 from kvbm.errors import ConfigError
 from kvbm.step import StepMetadata
 from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of_groups
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.engine import at_exit, check_model, instance_of, settings_of
+from kvbm.vllm_integration.engine import check_model, instance_of, settings_of
 from kvbm.vllm_integration.stats import WORKER_ERRORS, KvbmStats
 from kvbm.worker import Worker, WorkerPlace
 
@@ -69,7 +70,7 @@ class KvConnectorWorker:
         self._worker = Worker(
             self.place, self.settings, geometries, keep_alive=kv_caches, device=device
         )
-        at_exit(self, self.close)
+        close_at_exit(self, self.close)
         logger.info(
             "rank %d: %d blocks of %d bytes on the device, %d regions",
             self.place.rank,

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both sides of the connector read from vLLM's configuration."""
 
-import atexit
-import weakref
-from collections.abc import Callable, Mapping
-from multiprocessing import util as multiprocessing_util
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -97,21 +94,3 @@ def fingerprint_values(vllm_config: "VllmConfig", block_tokens: int) -> dict[str
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
     }
-
-
-def at_exit(owner: object, close: Callable[[], None]) -> None:
-    """Call a bound method when the process ends, however it was started.
-
-    Children of `multiprocessing` end without running `atexit`, but run the finalizers of their own
-    module.
-    """
-    method = weakref.WeakMethod(close)
-
-    def call() -> None:
-        bound = method()
-        if bound is not None:
-            bound()
-
-    atexit.register(call)
-    multiprocessing_util.Finalize(None, call, exitpriority=100)
-    weakref.finalize(owner, atexit.unregister, call)

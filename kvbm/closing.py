@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closing what a process leaves open when it ends."""
+
+import atexit
+import weakref
+from collections.abc import Callable
+from multiprocessing import util as multiprocessing_util
+
+
+def close_at_exit(owner: object, close: Callable[[], None]) -> None:
+    """Call a bound method when the process ends, unless its object has gone before.
+
+    Children of `multiprocessing` end without running `atexit`, but run the finalizers of their own
+    module; an ordinary process may run both, so the method must bear being called twice.
+    """
+    method = weakref.WeakMethod(close)
+
+    def call() -> None:
+        bound = method()
+        if bound is not None:
+            bound()
+
+    atexit.register(call)
+    finalizer = multiprocessing_util.Finalize(None, call, exitpriority=100)
+
+    def forget() -> None:
+        atexit.unregister(call)
+        finalizer.cancel()
+
+    # Not at exit: `weakref` has a hook of its own there, which could forget the call before it ran.
+    weakref.finalize(owner, forget).atexit = False

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process leaves open is closed when it ends, however it ends in good order."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvbm.closing import close_at_exit
+
+PROGRAM = """
+import multiprocessing, sys
+from kvbm.closing import close_at_exit
+
+class Open:
+    def close(self):
+        print("closed", flush=True)
+
+def begin():
+    global one
+    one = Open()
+    close_at_exit(one, one.close)
+
+if __name__ == "__main__":
+    if sys.argv[1] == "self":
+        begin()
+    else:
+        child = multiprocessing.get_context(sys.argv[1]).Process(target=begin)
+        child.start()
+        child.join()
+"""
+
+
+class Open:
+    """Counts how often it was closed."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        """Count."""
+        self.closed += 1
+
+
+@pytest.mark.parametrize("how", ["self", "fork", "spawn"])
+def test_a_process_and_a_child_of_multiprocessing_close_at_their_end(
+    how: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    program = tmp_path_factory.mktemp("closing") / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(program), how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "closed" in done.stdout
+
+
+def test_an_object_that_is_gone_is_neither_kept_nor_closed() -> None:
+    closed: list[Open] = []
+
+    class Gone(Open):
+        def close(self) -> None:
+            closed.append(self)
+
+    one = Gone()
+    close_at_exit(one, one.close)
+    del one
+    gc.collect()
+    assert closed == []
+    assert not [o for o in gc.get_objects() if type(o) is Gone]
