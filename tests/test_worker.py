@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,24 +16,9 @@ from kvbm.step import LoadOrder, StepMetadata
 from kvbm.tiers.host import HostArena
 from kvbm.transfer.geometry import geometry_of
 from kvbm.worker import Worker, WorkerPlace
+from tests.engines import MakeEngine
 from tests.leaks import wait_until
-from tests.small_engine import KvCache, SmallEngine, settings_for
-
-MakeEngine = Callable[..., SmallEngine]
-
-
-@pytest.fixture
-def make_engine() -> Iterator[MakeEngine]:
-    """Make engines that are proven idle and removed at the end."""
-    made: list[SmallEngine] = []
-
-    def make(*arguments: Any, **settings: Any) -> SmallEngine:
-        made.append(SmallEngine(*arguments, **settings))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
+from tests.small_engine import KvCache, settings_for
 
 
 def stop_copy_thread(worker: Worker) -> None:

@@ -154,7 +154,6 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
     kv_u64_store_relaxed(&cold.sequence_hash, what.sequence_hash)
     kv_u32_store_relaxed(&cold.position, what.position)
     kv_u32_store_relaxed(&cold.group, what.group)
-    kv_u64_store_relaxed(&cold.hits, 0)
     if not kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
             KV_PARTIAL, <uint32_t>1 << view.leader, 0, generation[0])):
         return False

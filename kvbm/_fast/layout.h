@@ -162,7 +162,7 @@ static inline uint64_t kv_word_make(uint32_t state, uint32_t holders, uint32_t c
 }
 
 /* ---- placement word: 63..60 state | 55..32 generation of the block | 31..0 slot -------------- */
-enum kv_placement_state { KV_EMPTY = 0, KV_FILLING = 1, KV_READY = 2, KV_DRAINING = 3 };
+enum kv_placement_state { KV_EMPTY = 0, KV_FILLING = 1, KV_READY = 2 };
 
 static inline uint64_t kv_placement_make(uint32_t state, uint32_t generation, uint32_t slot) {
     return ((uint64_t)state << 60) | ((uint64_t)(generation & KV_GENERATION_MASK) << 32) | slot;
@@ -203,7 +203,7 @@ typedef struct kv_block_cold {
     kv_au32 position;             /* depth in blocks from the root */
     kv_au32 group;                /* KV-cache group */
     kv_au64 registered_ns;        /* CLOCK_MONOTONIC at publish */
-    kv_au64 hits;                 /* relaxed, approximate */
+    uint64_t reserved;            /* zero */
 } kv_block_cold;
 
 /* ---- index ----------------------------------------------------------------------------------- */
@@ -346,8 +346,7 @@ typedef struct kv_header {
                                                 unreachable */
     uint8_t pad2[KV_LINE - 8];
     kv_au32 ready_slots[KV_RANKS];           /* host slots whose memory is usable on a rank */
-    kv_au64 free_hint[KV_POOLS];             /* approximate free counts */
-    uint8_t pad3[KV_LINE - 8 * KV_POOLS];
+    uint8_t pad3[KV_LINE];
     uint8_t description[KV_DESCRIPTION_BYTES]; /* JSON, what the fingerprint was made of */
     uint8_t pad4[KV_PAGE - 6 * KV_LINE - KV_DESCRIPTION_BYTES];
 } kv_header;

@@ -39,7 +39,6 @@ cdef extern from "layout.h" nogil:
         KV_EMPTY
         KV_FILLING
         KV_READY
-        KV_DRAINING
         KV_STORE
         KV_LOAD
         KV_OP_FREE
@@ -132,7 +131,6 @@ cdef extern from "layout.h" nogil:
         kv_au32 position
         kv_au32 group
         kv_au64 registered_ns
-        kv_au64 hits
 
     ctypedef struct kv_bucket:
         kv_au64 entry[8]
@@ -199,7 +197,6 @@ cdef extern from "layout.h" nogil:
         kv_au32 recovering
         kv_au32 key_epoch
         kv_au32 ready_slots[16]
-        kv_au64 free_hint[3]
         uint8_t description[2048]
 
     ctypedef struct kv_pool_view:

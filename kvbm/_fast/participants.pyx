@@ -154,11 +154,11 @@ def find_leader(Segment segment not None, engine_key: int) -> int | None:
     return None
 
 
-def take_line(Segment segment not None, line: int) -> bool:
+cdef bint take_line(Segment segment, uint32_t line) noexcept:
     return lock_take(segment.fd, line_lock(line), True) == 1
 
 
-def workers_are_gone(Segment segment not None, leader: int) -> bool:
+cdef bint workers_are_gone(Segment segment, uint32_t leader) noexcept:
     cdef uint32_t rank
     for rank in range(segment.view.shape.ranks):
         if lock_held_by_other(segment.fd, line_lock(kv_worker_line(leader, rank))) != 0:
@@ -166,7 +166,7 @@ def workers_are_gone(Segment segment not None, leader: int) -> bool:
     return True
 
 
-def clear_rings(Segment segment not None, leader: int) -> None:
+cdef void clear_rings(Segment segment, uint32_t leader) noexcept:
     """Nobody reads or writes these rings now: the leader before is dead and so are its workers."""
     cdef uint32_t rank
     cdef uint64_t first = <uint64_t>leader * segment.view.shape.ranks
@@ -175,7 +175,8 @@ def clear_rings(Segment segment not None, leader: int) -> None:
         kv_u32_store_relaxed(&segment.view.rings[first + rank].tail, 0)
 
 
-def mark_line(Segment segment not None, line: int, role: int, leader: int, engine_key: int) -> None:
+cdef int mark_line(Segment segment, uint32_t line, uint32_t role, uint32_t leader,
+                   uint64_t engine_key) except -1:
     cdef kv_participant *p = &segment.view.participants[line]
     kv_u32_store_relaxed(&p.inside, 0)
     kv_u32_store_relaxed(&p.pid, os.getpid())
@@ -188,6 +189,7 @@ def mark_line(Segment segment not None, line: int, role: int, leader: int, engin
     kv_u32_store_release(&p.role, role)
     segment.view.self = line
     segment.view.leader = leader
+    return 0
 
 
 def participants(Segment segment not None) -> list[Participant]:

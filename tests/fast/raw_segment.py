@@ -27,7 +27,7 @@ ROWS = 128
 ENTRIES = 8
 NONE = 0xFFFFFFFF
 RESET, PARTIAL, REGISTERED, EVICTING = range(4)
-EMPTY, FILLING, READY, DRAINING = range(4)
+EMPTY, FILLING, READY = range(3)
 FREE, SUBMITTED, CANCELLED, FINISHING, COMPLETE, FAILED = range(6)
 PENDING, RUNNING, DONE, RANK_FAILED = range(4)
 STORE, LOAD = 1, 2
@@ -222,7 +222,7 @@ class RawSegment:
         return [self.block(i) for i in range(self.block_capacity)]
 
     def cold(self, index: int) -> tuple[int, int, int, int, int]:
-        """Sequence hash, position, group, time of registration and hits of a block."""
+        """Sequence hash, position, group, time of registration and reserved word of a block."""
         at = self.at["cold"] + index * COLD_BYTES
         return struct.unpack_from("<QIIQQ", self.bytes, at)  # type: ignore[return-value]
 
