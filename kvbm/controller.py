@@ -29,6 +29,7 @@ from kvbm._fast.participants import claim_leader
 from kvbm._fast.recovery import recover
 from kvbm._fast.segment import MAX_LEADERS, Segment, SegmentFault
 from kvbm._fast.table import BlockTable
+from kvbm.block_manager.pool import BlockPoolStatus, ResetBlocksResponse, reset_registered
 from kvbm.errors import (
     KvbmError,
     ResetError,
@@ -40,7 +41,6 @@ from kvbm.errors import (
     VersionMismatch,
 )
 from kvbm.instance import instances, segment_name
-from kvbm.pool import BlockPoolStatus, ResetBlocksResponse, reset_registered
 
 __all__ = ["BlockManagerClient", "BlockPoolStatus", "ResetBlocksResponse", "main"]
 

@@ -301,6 +301,6 @@ def _device_of(tensors: Iterable[Any]) -> Device:
     kind, index = devices.pop()
     if kind != "cuda":
         return Device(kind)
-    from kvbm.torch_memory import cuda_device
+    from kvbm.block_manager.torch_memory import cuda_device
 
     return cuda_device(index)

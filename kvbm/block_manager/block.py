@@ -23,8 +23,8 @@ from kvbm._fast.token_chain import TokenBlock, TokenChain
 from kvbm.errors import BlockStateError, GeometryError, TokenBlockError
 
 if TYPE_CHECKING:
-    from kvbm.block_memory import BlockMemory
-    from kvbm.pool import Hold
+    from kvbm.block_manager.hold import Hold
+    from kvbm.block_manager.memory import BlockMemory
 
 __all__ = ["Block", "BlockList", "BlockState", "DlpackArgumentError", "Layer"]
 

@@ -27,11 +27,18 @@ from typing import Any, overload
 
 from kvbm._fast.segment import Segment
 from kvbm._fast.table import BlockTable
-from kvbm.block import BlockList
-from kvbm.block_memory import BlockMemory, BlockShape, device_memory, element_type, map_arena
+from kvbm.block_manager.block import BlockList
+from kvbm.block_manager.memory import (
+    BlockMemory,
+    BlockShape,
+    device_memory,
+    element_type,
+    map_arena,
+)
+from kvbm.block_manager.pool import BlockPool
 from kvbm.closing import close_at_exit
 from kvbm.config import Settings, load_settings
-from kvbm.config_sizes import check_shm_room
+from kvbm.config.sizes import check_shm_room
 from kvbm.errors import ConfigError, UnsupportedCacheLevel
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import (
@@ -41,7 +48,6 @@ from kvbm.instance import (
     remove_dead_private_instances,
     remove_if_unused,
 )
-from kvbm.pool import BlockPool
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.standalone import KvbmLeader, open_segment
 from kvbm.tiers.host import ArenaHeader, HostArena
@@ -317,7 +323,7 @@ def _geometry(shape: BlockShape) -> bytes:
 
 def _device_tensor(count: int, shape: BlockShape, device_id: int) -> BlockMemory:
     try:
-        from kvbm.torch_memory import allocate
+        from kvbm.block_manager.torch_memory import allocate
     except ImportError as error:
         raise ConfigError(
             f"device_num_blocks={count} needs torch, which cannot be imported: {error}"

@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from kvbm.block import Block, BlockList, BlockState
 from kvbm.block_manager import BlockManager
+from kvbm.block_manager.block import Block, BlockList, BlockState
 from kvbm.errors import BlockStateError, ConfigError, GeometryError, TokenBlockError
 from kvbm.hashing import salt_hash, token_chain
 
@@ -263,7 +263,7 @@ def test_a_tensor_keeps_its_block_and_the_memory(manager: BlockManager) -> None:
 
 
 def test_blocks_without_memory_here_have_no_layers() -> None:
-    from kvbm.block_manager import _device_pool
+    from kvbm.block_manager.manager import _device_pool
     from kvbm.config import load_settings
 
     pool = _device_pool(load_settings({}, {}), 2, PAGE, None)

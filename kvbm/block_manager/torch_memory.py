@@ -3,7 +3,7 @@
 
 import torch
 
-from kvbm.block_memory import BlockShape
+from kvbm.block_manager.memory import BlockShape
 from kvbm.errors import ConfigError
 from kvbm.transfer.backends import Device
 

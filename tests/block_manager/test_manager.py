@@ -20,7 +20,7 @@ from kvbm.hashing import token_chain
 from kvbm.instance import remove_if_unused
 
 PAGE = 4
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def contents(count: int, first: int = 0) -> list:
@@ -136,7 +136,7 @@ def test_device_blocks_are_torch_memory() -> None:
 
 def test_device_blocks_without_torch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "kvbm.torch_memory", raising=False)
+    monkeypatch.delitem(sys.modules, "kvbm.block_manager.torch_memory", raising=False)
     with pytest.raises(ConfigError, match="device_num_blocks=3 needs torch"):
         BlockManager(0, 2, 2, PAGE, 8, device_num_blocks=3)
 

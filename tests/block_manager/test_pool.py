@@ -12,10 +12,10 @@ import pytest
 
 from kvbm._fast.recovery import recover
 from kvbm._fast.token_chain import TokenBlock
-from kvbm.block import Block, BlockState
+from kvbm.block_manager.block import Block, BlockState
+from kvbm.block_manager.pool import BlockPool, BlockPoolStatus
 from kvbm.errors import BlockError, BlockStateError, NotEnoughBlocks, ResetError
 from kvbm.hashing import token_chain
-from kvbm.pool import BlockPool, BlockPoolStatus
 from tests.fast.conftest import make_instance  # noqa: F401
 from tests.fast.instances import Instance
 from tests.leaks import wait_until

@@ -10,16 +10,15 @@ from typing import Any
 import pydantic
 import pytest
 
-from kvbm import config
-from kvbm.config import Settings, Status, load_settings, tunables
+from kvbm.config import Settings, Status, Tunable, load_settings, loading, tunables
 from kvbm.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
 def _nothing_logged_yet() -> Iterator[None]:
-    config._log_once.cache_clear()
+    loading._log_once.cache_clear()
     yield
-    config._log_once.cache_clear()
+    loading._log_once.cache_clear()
 
 
 def logged(
@@ -30,7 +29,7 @@ def logged(
     """Levels and texts that reading these settings logs."""
     caplog.clear()
     load_settings(extra_config, environ)
-    return [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "kvbm.config"]
+    return [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "kvbm.config.loading"]
 
 
 # ---- precedence ----------------------------------------------------------------------------------
@@ -49,7 +48,7 @@ def test_an_explicit_value_wins_even_if_it_is_the_default() -> None:
 
 
 @pytest.mark.parametrize("tunable", tunables(), ids=lambda t: t.field)
-def test_each_setting_can_be_given_under_both_names(tunable: config.Tunable) -> None:
+def test_each_setting_can_be_given_under_both_names(tunable: Tunable) -> None:
     value = {bool: not tunable.default, str: "default"}.get(type(tunable.default), "1")
     if tunable.field == "kv_events_consolidator_mode":
         value = "passthrough"
@@ -83,7 +82,7 @@ def test_the_fields_name_wins_over_the_variables_name_in_extra_config(
 ) -> None:
     extra = {"DYN_KVBM_CPU_CACHE_GB": 1, "cpu_cache_gb": 2}
     assert load_settings(extra, {}).cpu_cache_gb == 2
-    config._log_once.cache_clear()
+    loading._log_once.cache_clear()
     [(level, text)] = logged(caplog, extra, {})
     assert level == logging.WARNING
     assert "['cpu_cache_gb']=2 is used" in text

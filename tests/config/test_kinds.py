@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvbm.config import load_settings, tunables
-from kvbm.config_kinds import Kind, Status, is_truthy
+from kvbm.config.kinds import Kind, Status, is_truthy
 from kvbm.errors import ConfigError
 
 WORDS = [("1", True), ("TRUE", True), ("on", True), (" Yes ", True), ("0", False), ("off", False)]

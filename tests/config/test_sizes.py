@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbm.config_sizes import check_shm_room, tier_slots
+from kvbm.config.sizes import check_shm_room, tier_slots
 from kvbm.errors import ConfigError
 
 UINT32_MAX = 2**32 - 1

@@ -39,13 +39,14 @@ from kvbm._fast.control import Census, census, evict_subtrees, find_registered, 
 from kvbm._fast.keys import Keys
 from kvbm._fast.table import BlockTable
 from kvbm._fast.token_chain import TokenBlock
-from kvbm.block import Block, BlockState
+from kvbm.block_manager.block import Block, BlockState
+from kvbm.block_manager.hold import Hold
 from kvbm.errors import BlockError, BlockStateError, NotEnoughBlocks, ResetError
 
 if TYPE_CHECKING:
-    from kvbm.block_memory import BlockMemory
+    from kvbm.block_manager.memory import BlockMemory
 
-__all__ = ["BlockPool", "BlockPoolStatus", "Hold", "ResetBlocksResponse", "reset_registered"]
+__all__ = ["BlockPool", "BlockPoolStatus", "ResetBlocksResponse", "reset_registered"]
 
 RECOVERY_SECS = 10.0
 """How long an operation is tried again while some process recovers what a dead one left."""
@@ -111,36 +112,6 @@ def reset_registered(table: BlockTable, sequence_hashes: Sequence[int]) -> Reset
     return ResetBlocksResponse(
         tuple(groups["reset"]), tuple(groups["not found"]), tuple(groups["not reset"])
     )
-
-
-class Hold:
-    """One place in a pool, owned; goes back to the pool when the last reference to it is gone.
-
-    Attributes
-    ----------
-    ref : int
-        Reference in the block table.
-    slot : int
-        Number of the place.
-    registered : bool
-        Whether the block is to stay cached when it goes back.
-    returned : bool
-        Whether it went back already, at a forced close.
-    """
-
-    __slots__ = ("__weakref__", "pool", "ref", "registered", "returned", "slot")
-
-    def __init__(self, pool: BlockPool, ref: int, slot: int, registered: bool) -> None:
-        self.pool = pool
-        self.ref = ref
-        self.slot = slot
-        self.registered = registered
-        self.returned = False
-        pool.track(self)
-
-    def __del__(self) -> None:
-        if not self.returned:
-            self.pool.give_back(self.ref, self.registered)
 
 
 class BlockPool:

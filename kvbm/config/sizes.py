@@ -3,7 +3,7 @@
 
 import os
 
-from kvbm.config_kinds import UINT32_MAX
+from kvbm.config.kinds import UINT32_MAX
 from kvbm.errors import ConfigError
 
 SHM_FOLDER = "/dev/shm"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvbm.config import load_settings, tunables
-from kvbm.config_table import TABLE_BEGIN, TABLE_END, main, markdown_table, update_page
+from kvbm.config.table import TABLE_BEGIN, TABLE_END, main, markdown_table, update_page
 from kvbm.errors import ConfigError
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 @pytest.fixture
