@@ -29,7 +29,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvbm._fast.atomics cimport kv_u64_load_acquire, kv_u64_store_release
+from kvbm._fast.atomics cimport (
+    kv_u32_load_relaxed,
+    kv_u64_load_acquire,
+    kv_u64_load_relaxed,
+    kv_u64_store_release,
+)
 from kvbm._fast.backend cimport (
     COPY_DONE,
     COPY_FAILED,
@@ -176,11 +181,11 @@ cdef class CudaBackend(CopyBackend):
         if error != KV_CU_SUCCESS:
             self.failed("cuCtxSetCurrent", error)
             return COPY_FAILED
-        ticket.is_store = op.kind == KV_STORE
+        ticket.is_store = kv_u32_load_relaxed(&op.kind) == KV_STORE
         direction = &self.stores if ticket.is_store else &self.loads
         ticket.should_stop = should_stop
         ticket.context = context
-        ticket.step = op.step
+        ticket.step = kv_u64_load_relaxed(&op.step)
         ticket.group = op.group
         ticket.count = op.row_count
         ticket.end_row = 0

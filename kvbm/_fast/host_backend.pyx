@@ -6,6 +6,7 @@ It runs everywhere, and copies on the calling thread: an operation has ended whe
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from kvbm._fast.atomics cimport kv_u32_load_relaxed
 from kvbm._fast.backend cimport COPY_DONE, COPY_FAILED, COPY_STOPPED, CopyBackend, StopCheck
 from kvbm._fast.copy cimport (
     KV_COPY_LOAD,
@@ -61,12 +62,13 @@ cdef class HostBackend(CopyBackend):
                     StopCheck should_stop, void *context, uint32_t *failed_row) noexcept nogil:
         cdef kv_copy_result result
         cdef int status
+        cdef int direction = (KV_COPY_STORE if kv_u32_load_relaxed(&op.kind) == KV_STORE
+                              else KV_COPY_LOAD)
         failed_row[0] = 0
         if op.group >= self.group_count:
             return COPY_FAILED
-        status = copy_rows(
-            self.groups[op.group], KV_COPY_STORE if op.kind == KV_STORE else KV_COPY_LOAD, op.rows,
-            sizeof(kv_row), digests, op.row_count, self.flags, should_stop, context, &result)
+        status = copy_rows(self.groups[op.group], direction, op.rows, sizeof(kv_row), digests,
+                           op.row_count, self.flags, should_stop, context, &result)
         failed_row[0] = result.row
         if status == KV_COPY_OK:
             return COPY_DONE

@@ -114,7 +114,7 @@
 #include "atomics.h"
 
 #define KV_MAGIC 0x314d42564b304730ull /* written last, with release, by the creator */
-#define KV_FORMAT_VERSION 1u
+#define KV_FORMAT_VERSION 2u
 
 enum {
     KV_PAGE = 4096,
@@ -271,12 +271,15 @@ typedef struct kv_row {
 
 typedef struct kv_operation {
     kv_au64 word;
-    /* W: leader before [O0]; R: workers after they have read SUBMITTED with acquire. */
-    uint32_t kind, row_count;
-    uint64_t step;                /* see worker.pyx: which forward pass it must wait for */
+    kv_au32 kind;                 /* W: leader before [O0]; relaxed: who cancels may look when it
+                                     is another operation already, and is told so by the word */
+    uint32_t row_count;           /* this and all that is plain: W: leader before [O0]; R: ranks
+                                     that have claimed it, recovery */
+    kv_au64 step;                 /* which forward pass it must wait for (worker_loop.pyx); relaxed,
+                                     like kind */
     uint64_t request_key;         /* hash of the request id, for the viewer */
     uint64_t submitted_ns;
-    kv_au64 completed_ns;         /* W: whoever ends it; relaxed */
+    kv_au64 completed_ns;         /* W: who ends it, before it does; relaxed; 0: cancelled */
     uint32_t leader, group;
     uint64_t reserved;
     kv_au64 failed_rows[KV_RANKS]; /* per rank: row + 1 that failed first, 0 = none; W: that rank;
@@ -290,8 +293,17 @@ typedef struct kv_ring {
     uint8_t pad0[KV_LINE - 8];
     kv_au32 tail;                 /* W: worker [R2] */
     uint8_t pad1[KV_LINE - 4];
-    kv_au64 entry[KV_OPERATIONS_PER_LEADER]; /* generation << 32 | operation */
+    kv_au64 entry[KV_OPERATIONS_PER_LEADER]; /* see below */
 } kv_ring;
+
+/* ---- ring entry: 63..32 generation | 9..8 kind | 7..0 operation. The kind is in it because the
+ * operation may be another one by the time the worker looks. */
+static inline uint64_t kv_entry_make(uint32_t generation, uint32_t kind, uint32_t index) {
+    return ((uint64_t)generation << 32) | (kind << 8) | index;
+}
+static inline uint32_t kv_entry_kind(uint64_t e) { return (uint32_t)(e >> 8) & 3u; }
+/* generation << 32 | operation: what leaders and engines call a handle. */
+static inline uint64_t kv_entry_handle(uint64_t e) { return e & ~0x300ull; }
 
 /* ---- participants ---------------------------------------------------------------------------- */
 enum kv_role { KV_ROLE_NONE = 0, KV_ROLE_LEADER = 1, KV_ROLE_WORKER = 2 };

@@ -117,6 +117,10 @@ cdef extern from "layout.h" nogil:
                         uint32_t ranks) noexcept
     uint64_t kv_op_set_rank(uint64_t w, uint32_t rank, uint32_t rank_state) noexcept
 
+    uint64_t kv_entry_make(uint32_t generation, uint32_t kind, uint32_t index) noexcept
+    uint32_t kv_entry_kind(uint64_t e) noexcept
+    uint64_t kv_entry_handle(uint64_t e) noexcept
+
     ctypedef struct kv_block:
         kv_au64 word
         kv_au64 digest_lo
@@ -144,9 +148,9 @@ cdef extern from "layout.h" nogil:
 
     ctypedef struct kv_operation:
         kv_au64 word
-        uint32_t kind
+        kv_au32 kind
         uint32_t row_count
-        uint64_t step
+        kv_au64 step
         uint64_t request_key
         uint64_t submitted_ns
         kv_au64 completed_ns

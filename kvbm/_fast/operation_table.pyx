@@ -6,7 +6,13 @@ Blocks and slots become rows of operations, results become registered blocks.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvbm._fast.atomics cimport kv_u64_fetch_add_relaxed, kv_u64_load_acquire
+from kvbm._fast.atomics cimport (
+    kv_u32_load_relaxed,
+    kv_u32_store_relaxed,
+    kv_u64_fetch_add_relaxed,
+    kv_u64_load_acquire,
+    kv_u64_store_relaxed,
+)
 from kvbm._fast.blocks cimport (
     GONE,
     NO_PARENT,
@@ -185,9 +191,9 @@ cdef class OperationTable(BlockTable):
             return KV_NONE
         self.room -= 1
         op = kv_operation_at(self.view, self.view.leader, index)
-        op.kind = kind
+        kv_u32_store_relaxed(&op.kind, kind)
         op.row_count = 0
-        op.step = step
+        kv_u64_store_relaxed(&op.step, step)
         op.request_key = request_key
         op.group = group
         # A parent that cannot be held is another leader's reservation, or is being evicted: the
@@ -285,7 +291,7 @@ cdef class OperationTable(BlockTable):
         cdef uint32_t index = <uint32_t>(handle & 0xFFFFFFFF)
         if state != KV_OP_COMPLETE and state != KV_OP_FAILED:
             return None
-        if op.kind == KV_STORE:
+        if kv_u32_load_relaxed(&op.kind) == KV_STORE:
             if not structure_enter(self.view):
                 return None
             self.collect_rows(op, state == KV_OP_COMPLETE)

@@ -50,6 +50,7 @@ from kvbm._fast.layout cimport (
     KV_RANKS,
     KV_STORE,
     kv_count,
+    kv_entry_make,
     kv_holder_bit,
     kv_op_finisher,
     kv_op_generation,
@@ -126,7 +127,7 @@ cdef void operation_submit(kv_view *view, uint32_t index) noexcept nogil:
     """
     cdef kv_operation *op = kv_operation_at(view, view.leader, index)
     cdef uint64_t word = kv_u64_load_relaxed(&op.word)  # only this leader moves a free operation
-    cdef uint32_t rank, head, ranks = 0
+    cdef uint32_t rank, head, ranks = 0, kind = kv_u32_load_relaxed(&op.kind)
     cdef kv_ring *ring
     for rank in range(view.shape.ranks, KV_RANKS):
         ranks |= <uint32_t>KV_RANK_DONE << (2 * rank)
@@ -141,7 +142,7 @@ cdef void operation_submit(kv_view *view, uint32_t index) noexcept nogil:
         ring = kv_ring_of(view, view.leader, rank)
         head = kv_u32_load_relaxed(&ring.head)  # only this leader writes it
         kv_u64_store_relaxed(&ring.entry[head % KV_OPERATIONS_PER_LEADER],
-                             (<uint64_t>kv_op_generation(word) << 32) | index)
+                             kv_entry_make(kv_op_generation(word), kind, index))
         kv_u32_store_release(&ring.head, head + 1)  # [R0]
         kv_doorbell_ring(&ring.doorbell)
 
@@ -189,43 +190,49 @@ cdef EndResult operation_end(kv_view *view, kv_operation *op, uint32_t rank,
                              bint done) noexcept nogil:
     """running -> done or failed for one rank.
 
-    If it is the last one, the same step decides about the whole.
+    If it is the last one, the same step decides about the whole. After that step the operation is
+    the leader's again, who may fill it in anew at once: what is counted is read before.
     """
     cdef uint64_t word = kv_u64_load_acquire(&op.word)
     cdef uint64_t next_word
+    cdef uint32_t kind, row_count
     cdef EndResult result
+    if kv_op_rank(word, rank) != KV_RANK_RUNNING:
+        return ENDED  # ended by somebody who took this rank for dead
+    kind = kv_u32_load_relaxed(&op.kind)
+    row_count = op.row_count
     while True:
         if kv_op_rank(word, rank) != KV_RANK_RUNNING:
-            return ENDED  # ended by somebody who took this rank for dead
+            return ENDED
         next_word = kv_op_set_rank(word, rank, KV_RANK_DONE if done else KV_RANK_FAILED)
         result = STILL_RUNNING
         if all_ended(next_word):
             result = ENDED
             if any_failed(next_word):
                 next_word = with_state(next_word, KV_OP_FAILED, 0)
-            elif op.kind == KV_STORE:
+            elif kind == KV_STORE:
                 next_word = with_state(next_word, KV_OP_FINISHING, rank)
                 result = MUST_PUBLISH
             else:
                 next_word = with_state(next_word, KV_OP_COMPLETE, 0)
+            kv_u64_store_relaxed(&op.completed_ns, monotonic_ns())
         if kv_u64_cas_acq_rel(&op.word, &word, next_word):
             break
     if result == ENDED:
-        kv_u64_store_relaxed(&op.completed_ns, monotonic_ns())
-        count_end(view, op, next_word)
+        count_end(view, kind, row_count, kv_op_state(next_word) == KV_OP_FAILED)
     return result
 
 
-cdef void count_end(kv_view *view, kv_operation *op, uint64_t word) noexcept nogil:
-    cdef bint failed = kv_op_state(word) == KV_OP_FAILED
-    if op.kind == KV_STORE:
+cdef void count_end(kv_view *view, uint32_t kind, uint32_t row_count,
+                    bint failed) noexcept nogil:
+    if kind == KV_STORE:
         kv_count(view, KV_C_STORES_FAILED if failed else KV_C_STORES, 1)
         if not failed:
-            kv_count(view, KV_C_BLOCKS_STORED, op.row_count)
+            kv_count(view, KV_C_BLOCKS_STORED, row_count)
     else:
         kv_count(view, KV_C_LOADS_FAILED if failed else KV_C_LOADS, 1)
         if not failed:
-            kv_count(view, KV_C_BLOCKS_LOADED, op.row_count)
+            kv_count(view, KV_C_BLOCKS_LOADED, row_count)
 
 
 cdef void operation_publish(kv_view *view, kv_operation *op) noexcept nogil:
@@ -249,23 +256,29 @@ cdef void operation_publish(kv_view *view, kv_operation *op) noexcept nogil:
 cdef void operation_finished(kv_view *view, kv_operation *op) noexcept nogil:
     """FINISHING -> COMPLETE, after the blocks have been published."""
     cdef uint64_t word = kv_u64_load_acquire(&op.word)
+    cdef uint32_t kind = kv_u32_load_relaxed(&op.kind), row_count
+    if kv_op_state(word) != KV_OP_FINISHING:
+        return
+    row_count = op.row_count
     kv_u64_store_relaxed(&op.completed_ns, monotonic_ns())
     while kv_op_state(word) == KV_OP_FINISHING:
         if kv_u64_cas_acq_rel(&op.word, &word,
                               with_state(word, KV_OP_COMPLETE, kv_op_finisher(word))):
-            count_end(view, op, word)
+            count_end(view, kind, row_count, False)
             return
 
 
 cdef void operation_cancel(kv_view *view, kv_operation *op, uint32_t generation) noexcept nogil:
     """No rank that has not begun will begin.
 
-    Ranks that copy stop at the next row and end as failed.
+    Ranks that copy stop at the next row and end as failed. May be called with a handle that has
+    been collected: the kind that is read is this operation's if the step succeeds.
     """
     cdef uint64_t word = kv_u64_load_acquire(&op.word)
     cdef uint64_t next_word
-    cdef uint32_t rank
+    cdef uint32_t rank, kind
     while kv_op_generation(word) == generation and kv_op_state(word) == KV_OP_SUBMITTED:
+        kind = kv_u32_load_relaxed(&op.kind)
         next_word = with_state(word, KV_OP_CANCELLED, 0)
         for rank in range(view.shape.ranks):
             if kv_op_rank(word, rank) == KV_RANK_PENDING:
@@ -276,8 +289,7 @@ cdef void operation_cancel(kv_view *view, kv_operation *op, uint32_t generation)
             next_word = with_state(next_word, KV_OP_FAILED, 0)
         if kv_u64_cas_acq_rel(&op.word, &word, next_word):
             if kv_op_state(next_word) == KV_OP_FAILED:
-                kv_u64_store_relaxed(&op.completed_ns, monotonic_ns())
-                count_end(view, op, next_word)
+                count_end(view, kind, 0, True)
             return
 
 

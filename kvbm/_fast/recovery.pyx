@@ -299,6 +299,36 @@ cdef int recover_locked(kv_view *view, int fd, bint always_rebuild, Recovery *r)
     return release_dead_lines(view, r)
 
 
+cdef bint recovery_init(kv_view *view, Recovery *r) noexcept nogil:
+    """Empty private tables; False: out of memory."""
+    cdef uint32_t capacity = view.shape.block_capacity, most = capacity
+    if view.shape.host_slots > most:
+        most = view.shape.host_slots
+    if view.shape.disk_slots > most:
+        most = view.shape.disk_slots
+    memset(r, 0, sizeof(Recovery))
+    r.protected_ = <uint32_t *>calloc(capacity, sizeof(uint32_t))
+    r.children = <uint32_t *>calloc(capacity, sizeof(uint32_t))
+    r.named = <uint64_t *>calloc((most + 63) // 64, sizeof(uint64_t))
+    return r.protected_ != NULL and r.children != NULL and r.named != NULL
+
+
+cdef int recover_view(kv_view *view, int fd, bint always_rebuild) noexcept nogil:
+    """`recover` without Python: lines that were cleaned up, -1 if there is no memory for it."""
+    cdef Recovery r
+    cdef int released = -1
+    if lock_take(fd, recovery_lock(), True) != 1:
+        return 0
+    if recovery_init(view, &r):
+        released = recover_locked(view, fd, always_rebuild, &r)
+    drop_line_locks(fd, &r)
+    free(r.protected_)
+    free(r.children)
+    free(r.named)
+    lock_drop(fd, recovery_lock())
+    return released
+
+
 def recover(Segment segment not None, rebuild: bool = False) -> int:
     """Return what dead participants held; nothing happens when another process is recovering.
 
@@ -314,31 +344,17 @@ def recover(Segment segment not None, rebuild: bool = False) -> int:
     -------
     int
         Lines of dead participants that were cleaned up.
+
+    Raises
+    ------
+    MemoryError
+        There is no memory for its private tables; nothing has been changed.
     """
-    cdef Recovery r
-    cdef uint32_t capacity
-    cdef int released = 0
-    cdef bint again = rebuild
+    cdef int released
+    cdef bint always_rebuild = rebuild
     segment.check_open()
-    if lock_take(segment.fd, recovery_lock(), True) != 1:
-        return 0
-    capacity = segment.view.shape.block_capacity
-    r.dead_leaders = r.busy_leaders = 0
-    r.protected_ = <uint32_t *>calloc(capacity, sizeof(uint32_t))
-    memset(r.dead, 0, sizeof(r.dead))
-    memset(r.locked, 0, sizeof(r.locked))
-    r.children = <uint32_t *>calloc(capacity, sizeof(uint32_t))
-    r.named = <uint64_t *>calloc((max(capacity, segment.view.shape.host_slots,
-                                      segment.view.shape.disk_slots) + 63) // 64, sizeof(uint64_t))
-    try:
-        if r.protected_ == NULL or r.children == NULL or r.named == NULL:
-            raise MemoryError("no memory for a recovery's private tables")
-        with nogil:
-            released = recover_locked(&segment.view, segment.fd, again, &r)
-    finally:
-        drop_line_locks(segment.fd, &r)
-        free(r.protected_)
-        free(r.children)
-        free(r.named)
-        lock_drop(segment.fd, recovery_lock())
+    with nogil:
+        released = recover_view(&segment.view, segment.fd, always_rebuild)
+    if released < 0:
+        raise MemoryError("no memory for a recovery's private tables")
     return released

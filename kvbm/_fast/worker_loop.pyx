@@ -32,6 +32,7 @@ from posix.unistd cimport usleep
 
 from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
+    kv_u32_load_relaxed,
     kv_u32_store_release,
     kv_u64_load_acquire,
     kv_u64_load_relaxed,
@@ -68,6 +69,8 @@ from kvbm._fast.layout cimport (
     KV_STORE,
     kv_block,
     kv_count,
+    kv_entry_handle,
+    kv_entry_kind,
     kv_op_generation,
     kv_op_rank,
     kv_op_state,
@@ -169,17 +172,15 @@ cdef class WorkerLoop:
 
     cdef void drain_ring(self) noexcept nogil:
         cdef uint64_t entry
-        cdef kv_operation *op
         cdef Waiting *waiting
         while (self.loads.count < KV_OPERATIONS_PER_LEADER
                 and self.stores.count < KV_OPERATIONS_PER_LEADER):
             if not ring_pop(self.view, self.rank, &entry):
                 return
-            if <uint32_t>entry >= KV_OPERATIONS_PER_LEADER:
+            if <uint32_t>kv_entry_handle(entry) >= KV_OPERATIONS_PER_LEADER:
                 continue
-            op = kv_operation_at(self.view, self.view.leader, <uint32_t>entry)
-            waiting = &self.loads if op.kind == KV_LOAD else &self.stores
-            waiting.entries[waiting.count] = entry
+            waiting = &self.loads if kv_entry_kind(entry) == KV_LOAD else &self.stores
+            waiting.entries[waiting.count] = kv_entry_handle(entry)
             waiting.count += 1
 
     cdef bint next_runnable(self, Waiting *waiting, uint64_t step, uint64_t *entry) noexcept nogil:
@@ -190,7 +191,7 @@ cdef class WorkerLoop:
             return False
         op = kv_operation_at(self.view, self.view.leader, <uint32_t>waiting.entries[0])
         word = kv_u64_load_acquire(&op.word)
-        if (op.step > step
+        if (kv_u64_load_relaxed(&op.step) > step
                 and kv_op_generation(word) == <uint32_t>(waiting.entries[0] >> 32)
                 and kv_op_rank(word, self.rank) < KV_RANK_DONE):
             return False
@@ -201,7 +202,9 @@ cdef class WorkerLoop:
 
     cdef bint rows_are_valid(self, const kv_operation *op, bint with_digests,
                              uint32_t *bad_row) noexcept nogil:
-        cdef uint32_t i, wanted = KV_PARTIAL if op.kind == KV_STORE else KV_REGISTERED
+        cdef uint32_t i
+        cdef uint32_t wanted = (KV_PARTIAL if kv_u32_load_relaxed(&op.kind) == KV_STORE
+                                else KV_REGISTERED)
         cdef const kv_row *row
         cdef kv_block *b
         cdef uint64_t word
@@ -303,7 +306,7 @@ cdef class WorkerLoop:
     cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil:
         cdef uint64_t moved = op.row_count * self.backend.bytes_per_block() if done else 0
         cdef uint64_t spent = monotonic_ns() - began
-        if op.kind == KV_STORE:
+        if kv_u32_load_relaxed(&op.kind) == KV_STORE:
             kv_count(self.view, KV_C_BYTES_STORED, moved)
             kv_count(self.view, KV_C_STORE_NS, spent)
         else:

@@ -30,6 +30,7 @@ from kvbm._fast.index cimport index_delete, index_find, index_insert, index_purg
 from kvbm._fast.layout cimport (
     KV_NONE,
     KV_OPERATIONS_PER_LEADER,
+    kv_entry_handle,
     kv_operation,
     kv_operation_at,
     kv_word_generation,
@@ -239,7 +240,7 @@ cdef kv_operation *operation_of(Segment s, uint64_t handle) except NULL:
 def pop(Segment s, uint32_t rank):
     """Next handle in this worker's ring, None if it is empty."""
     cdef uint64_t entry = 0
-    return entry if ring_pop(&s.view, rank, &entry) else None
+    return kv_entry_handle(entry) if ring_pop(&s.view, rank, &entry) else None
 
 
 def claim(Segment s, uint64_t handle, uint32_t rank):

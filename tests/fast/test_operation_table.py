@@ -221,6 +221,15 @@ def test_an_impossible_device_block_leaves_nothing(world: World, bad: Any) -> No
     )
 
 
+def test_a_ring_entry_says_the_kind_of_its_operation(world: World) -> None:
+    """The operation itself may be another one by the time a slow worker looks."""
+    (stored,) = store(world, 2)
+    _, _, entries = world.made.raw.ring(0, 0)
+    assert (entries[0] >> 32, entries[0] >> 8 & 3, entries[0] & 0xFF) == (stored >> 32, STORE, 0)
+    world.table.cancel(stored)
+    assert world.table.collect(stored) is False
+
+
 # ---- operations and rings as a resource ----------------------------------------------------------
 def occupy(world: World, count: int) -> list[int]:
     """Take operations with a store of one block each."""
