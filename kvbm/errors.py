@@ -28,6 +28,7 @@ The tree::
         UnsupportedCacheLevel (ValueError)
       TransferError
       LeaderTimeout (TimeoutError)
+      TraceError (ValueError)
 """
 
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ __all__ = [
     "SegmentNotFound",
     "TokenBlockError",
     "TooManyLeaders",
+    "TraceError",
     "TransferError",
     "UnsupportedCacheLevel",
     "VersionMismatch",
@@ -352,3 +354,7 @@ class LeaderTimeout(KvbmError, TimeoutError):
             f"within DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS={self.timeout_secs} (ranks {ranks}): "
             "look for their errors above, or allow more seconds"
         )
+
+
+class TraceError(KvbmError, ValueError):
+    """A file is not a request trace; the message names the line and what is wrong in it."""

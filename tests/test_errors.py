@@ -106,6 +106,7 @@ EXAMPLES: list[tuple[KvbmError, dict[str, object], str]] = [
             "look for their errors above, or allow more seconds"
         ),
     ),
+    (errors.TraceError("trace.jsonl, line 2: text"), {}, "trace.jsonl, line 2: text"),
 ]
 IDS = [type(error).__name__ for error, _, _ in EXAMPLES]
 
@@ -165,6 +166,7 @@ def test_an_error_survives_pickling_and_copying(
         (errors.ConfigError, ValueError),
         (errors.GeometryError, ValueError),
         (errors.LeaderTimeout, TimeoutError),
+        (errors.TraceError, ValueError),
     ],
 )
 def test_an_error_is_caught_under_the_built_in_name(

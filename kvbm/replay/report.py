@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a replay found: as tables for a reader, as JSON for a program."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kvbm.replay.manager import CALLS, Outcome
+from kvbm.replay.trace import Trace
+
+PERCENTILES = (50.0, 99.0, 99.9)
+
+
+class Comparison(NamedTuple):
+    """One capacity: the outcome, and hits of other policies by name."""
+
+    outcome: Outcome
+    others: dict[str, int]
+
+
+def latencies(outcome: Outcome) -> dict[str, list[float]]:
+    """Microseconds of each call at `PERCENTILES`."""
+    return {
+        call: [round(float(us), 3) for us in np.percentile(outcome.latency_us[call], PERCENTILES)]
+        for call in CALLS
+    }
+
+
+def as_dict(trace: Trace, comparisons: list[Comparison]) -> dict[str, Any]:
+    """Everything, ready for JSON. Rates are 0 to 1, times microseconds."""
+    return {
+        "trace": {
+            "name": trace.name,
+            "requests": len(trace.requests),
+            "references": trace.references,
+            "distinct_blocks": trace.distinct,
+        },
+        "percentiles": PERCENTILES,
+        "capacities": [_entry(comparison) for comparison in comparisons],
+    }
+
+
+def _entry(comparison: Comparison) -> dict[str, Any]:
+    outcome = comparison.outcome
+    return {
+        "blocks": outcome.capacity,
+        "hit_rate": outcome.hit_rate,
+        "hits_by_tier": {"host": outcome.hits},
+        "hit_rate_of": {
+            name: hits / outcome.references for name, hits in comparison.others.items()
+        },
+        "stored": outcome.stored,
+        "evicted": outcome.evicted,
+        "skipped": outcome.skipped,
+        "references_s": round(outcome.references_s),
+        "latency_us": latencies(outcome),
+        "decisions": outcome.decisions,
+    }
+
+
+def show(
+    console: Console, trace: Trace, comparisons: list[Comparison], block_bytes: int | None
+) -> None:
+    """Print the tables.
+
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    trace : Trace
+        What was replayed.
+    comparisons : list of Comparison
+        A row each.
+    block_bytes : int or None
+        Size of a block over all ranks, for the column in GB; None leaves it out.
+    """
+    console.print(
+        f"{trace.name}: {len(trace.requests):,} requests, {trace.references:,} block references, "
+        f"{trace.distinct:,} distinct blocks"
+    )
+    rates = Table(title="hit rate (% of the references)")
+    others = list(comparisons[0].others)
+    size = [] if block_bytes is None else ["GB"]
+    for column in ("blocks", *size, "kvbm", *others, "evicted", "not stored", "references/s"):
+        rates.add_column(column, justify="right")
+    for outcome, hits in comparisons:
+        gigabytes = [] if block_bytes is None else [f"{outcome.capacity * block_bytes / 1e9:,.1f}"]
+        rates.add_row(
+            f"{outcome.capacity:,}",
+            *gigabytes,
+            f"{100 * outcome.hit_rate:.1f}",
+            *(f"{100 * hits[name] / outcome.references:.1f}" for name in others),
+            f"{outcome.evicted:,}",
+            f"{outcome.skipped:,}",
+            f"{outcome.references_s:,.0f}",
+        )
+    console.print(rates)
+    calls = Table(title="microseconds a call")
+    for column in ("blocks", "call", *(f"P{p:g}" for p in PERCENTILES)):
+        calls.add_column(column, justify="right")
+    for outcome, _ in comparisons:
+        for call, values in latencies(outcome).items():
+            calls.add_row(f"{outcome.capacity:,}", call, *(f"{value:,.1f}" for value in values))
+    console.print(calls)

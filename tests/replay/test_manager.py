@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real block table under a trace."""
+
+import pytest
+
+from kvbm.replay.manager import CALLS, Pace, replay
+from kvbm.replay.policies import lru_hits, unbounded_hits
+from kvbm.replay.synthetic import conversations
+from kvbm.replay.trace import Request, Trace
+
+TRACE = conversations(400, 1)
+
+
+def test_the_same_trace_gives_the_same_decisions_bit_for_bit() -> None:
+    first, again = (replay(TRACE, 300, Pace(5000, 20)) for _ in range(2))
+    assert first.decisions == again.decisions
+    assert (first.hits, first.evicted) == (again.hits, again.evicted)
+    assert first.decisions != replay(TRACE, 301, Pace(5000, 20)).decisions
+
+
+@pytest.mark.parametrize("capacity", [40, 200, 1000])
+def test_the_hits_are_those_of_exact_lru_within_half_a_point(capacity: int) -> None:
+    outcome = replay(TRACE, capacity)
+    assert outcome.evicted > 0
+    assert abs(outcome.hits - lru_hits(TRACE, capacity)) <= 0.005 * TRACE.references
+
+
+def test_a_table_that_is_large_enough_hits_all_that_can_be_hit_and_evicts_nothing() -> None:
+    outcome = replay(TRACE, TRACE.distinct)
+    assert outcome.hits == unbounded_hits(TRACE, 0)
+    assert (outcome.evicted, outcome.skipped) == (0, 0)
+    assert outcome.stored == TRACE.distinct
+
+
+def test_each_reference_is_a_hit_or_stored_or_not_stored() -> None:
+    for pace in (Pace(), Pace(2000, 50)):
+        outcome = replay(TRACE, 60, pace)
+        assert outcome.hits + outcome.stored + outcome.skipped == outcome.references
+
+
+def test_blocks_of_running_requests_are_not_evicted() -> None:
+    long_answer = Request(0, 1024, 1000, [1, 2])
+    others = [Request(1 + i, 512, 0, [10 + i]) for i in range(3)]
+    trace = Trace("t", [long_answer, *others, Request(10, 1024, 0, [1, 2])])
+    assert replay(trace, 2).hits == 0
+    held = replay(trace, 2, Pace(decode_ms=1))
+    assert (held.hits, held.skipped) == (2, 3)
+
+
+def test_every_call_is_timed() -> None:
+    outcome = replay(TRACE, 100)
+    assert {call: len(us) for call, us in outcome.latency_us.items()} == dict.fromkeys(
+        CALLS, len(TRACE.requests)
+    )
+    assert outcome.references_s > 0
+
+
+def test_progress_adds_up_to_all_references() -> None:
+    steps: list[int] = []
+    replay(TRACE, 100, progress=steps.append)
+    assert sum(steps) == TRACE.references
+
+
+def test_an_impossible_capacity_is_refused() -> None:
+    with pytest.raises(ValueError, match="capacity 0: 1 to"):
+        replay(TRACE, 0)

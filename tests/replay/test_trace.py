@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing traces."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvbm.errors import TraceError
+from kvbm.replay.trace import Request, Trace, lines, parse, read
+
+LINE = {"timestamp": 5, "input_length": 900, "output_length": 3, "hash_ids": [0, 1]}
+
+
+def test_a_line_of_the_format_becomes_a_request() -> None:
+    trace = parse([json.dumps(LINE), "\n", json.dumps({**LINE, "hash_ids": [0, 2, 3]})], "t")
+    assert trace.requests == [Request(5, 900, 3, [0, 1]), Request(5, 900, 3, [0, 2, 3])]
+    assert (trace.references, trace.distinct) == (5, 4)
+
+
+def test_what_is_written_is_read_back() -> None:
+    trace = Trace("t", [Request(0, 10, 1, [7]), Request(9, 600, 2, [7, 8])])
+    assert parse(lines(trace), "t") == trace
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2"),
+        ("[1]", "an object is needed"),
+        (json.dumps({"timestamp": 0}), "input_length, output_length, hash_ids missing"),
+        (json.dumps({**LINE, "timestamp": -1}), "timestamp=-1"),
+        (json.dumps({**LINE, "timestamp": True}), "timestamp=True"),
+        (json.dumps({**LINE, "output_length": 1.5}), "output_length=1.5"),
+        (json.dumps({**LINE, "hash_ids": 3}), "hash_ids"),
+        (json.dumps({**LINE, "hash_ids": ["a"]}), "hash_ids"),
+        (json.dumps({**LINE, "timestamp": 4}), "timestamp=4 is before the one ahead of it (5)"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_is_wrong(line: str, says: str) -> None:
+    with pytest.raises(TraceError) as caught:
+        parse([json.dumps(LINE), line], "some.jsonl")
+    assert "some.jsonl, line 2" in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_an_empty_trace_and_an_unreadable_file_are_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(TraceError, match=r"empty\.jsonl has no request"):
+        read(empty)
+    with pytest.raises(TraceError, match="cannot read the trace"):
+        read(tmp_path / "missing.jsonl")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TraceError, match="cannot read the trace"):
+        read(tmp_path / "binary")
