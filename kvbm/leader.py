@@ -243,7 +243,7 @@ class Leader:
         if not submitted or not all(results):
             sequence.load_failed = True
             sequence.look_again()  # what was loaded is unknown
-        if submitted and not sequence.finished:
+        if submitted and not sequence.cancelled:
             if sequence.load_failed:
                 self.failures.failed()
                 self._avoid_first_not_loaded(sequence)
@@ -360,7 +360,7 @@ class Leader:
         sequence = self.sequences.pop(request_id, None)
         if sequence is not None:
             self._stop_stores(sequence)
-            sequence.finished = sequence.stale = True
+            sequence.finished = sequence.stale = sequence.cancelled = True
             self.drop_match(sequence)
 
     def build_step(self) -> StepMetadata:
@@ -382,11 +382,11 @@ class Leader:
             if sequence.matched_step + MATCH_STEPS <= step:
                 self.drop_match(sequence)
 
-    def finish(self, request_id: str, computed_blocks: int) -> bool:
+    def finish(self, request_id: str, computed_blocks: int, load_failed: bool = False) -> bool:
         """The request is done; blocks before `computed_blocks` are complete after the last step.
 
         A load that is running is cancelled; the engine keeps the device blocks until it has been
-        reported.
+        reported. With `load_failed` the engine ends the request because its load failed.
 
         Returns
         -------
@@ -405,6 +405,7 @@ class Leader:
         del self.sequences[request_id]
         sequence.finished = True
         if sequence.loading:
+            sequence.cancelled = not load_failed
             for handle in sequence.loads:
                 self.table.cancel(handle)
             self._stop_stores(sequence)  # of an earlier admission

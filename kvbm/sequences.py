@@ -63,6 +63,8 @@ class TrackedSequence:
         Stores of it that did not arrive.
     finished : bool
         The engine is done with it.
+    cancelled : bool
+        It ended while it was loaded: that the load did not arrive says nothing about the cache.
     """
 
     request_id: str
@@ -77,6 +79,7 @@ class TrackedSequence:
     stale: bool = False
     failed_stores: int = 0
     finished: bool = False
+    cancelled: bool = False
 
     @cached_property
     def request_key(self) -> int:

@@ -171,6 +171,27 @@ def test_damaged_bytes_are_refused_and_left_out_of_later_matches(make_engine: Ma
     assert engine.leader.match(third, 0, 3) == 1
 
 
+@pytest.mark.parametrize("failed", [True, False], ids=["load failed", "aborted"])
+def test_blocks_are_left_out_when_the_engine_fails_the_request_not_when_it_was_aborted(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, failed: bool
+) -> None:
+    engine = make_engine(verify_host=True)
+    engine.store("first", [1, 2, 3])
+    damage(engine, 2.0)
+    engine.load("second", [10, 11, 12])
+    note_ended = engine.leader.loads_ended
+
+    def loads_ended(received: set[str], missing: set[int]) -> None:
+        if "second" in received:
+            engine.leader.finish("second", 0, load_failed=failed)
+        note_ended(received, missing)
+
+    monkeypatch.setattr(engine.leader, "loads_ended", loads_ended)
+    engine.run_until(lambda: "second" in engine.received)
+    third = engine.track("third", 3)
+    assert engine.leader.match(third, 0, 3) == (1 if failed else 3)
+
+
 def test_damage_in_one_rank_fails_the_load_in_all(make_engine: MakeEngine) -> None:
     engine = make_engine(ranks=2, verify_host=True)
     engine.store("first", [1, 2, 3])

@@ -185,6 +185,9 @@ LogDirectives = Annotated[
     Kind("trace, debug, info, warn, error, off; or kvbm::module=level; separated by commas"),
 ]
 AllocatorType = Annotated[Literal["default", "open-direct"], Kind("default, open-direct")]
+LoadFailurePolicy = Annotated[
+    Literal["recompute", "fail"], BeforeValidator(_lower), Kind("recompute, fail")
+]
 ConsolidatorMode = Annotated[
     Literal["dedup", "passthrough"], BeforeValidator(_lower), Kind("dedup, passthrough")
 ]

@@ -20,6 +20,7 @@ from kvbm.config.kinds import (
     Gigabytes,
     GroupId,
     InstanceName,
+    LoadFailurePolicy,
     LogDirectives,
     Port,
     PositiveGigabytes,
@@ -97,6 +98,13 @@ class Settings(BaseModel):
         "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS",
         1800,
         "How long the leader waits at start for all workers.",
+    )
+
+    load_failure_policy: LoadFailurePolicy = _supported(
+        "DYN_KVBM_LOAD_FAILURE_POLICY",
+        "recompute",
+        "What becomes of a request whose load fails: `recompute` computes what did not arrive, "
+        "`fail` ends the request with an error.",
     )
 
     # Disk tier

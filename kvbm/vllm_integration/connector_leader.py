@@ -35,6 +35,7 @@ from kvbm.step import StepMetadata
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.engine import (
+    apply_load_failure_policy,
     block_tokens_of,
     check_model,
     fingerprint_values,
@@ -110,7 +111,7 @@ class KvConnectorLeader:
         self.engine_id = str(vllm_config.kv_transfer_config.engine_id)
         self.block_tokens = block_tokens_of(vllm_config, kv_cache_config)
         self.ranks = int(vllm_config.parallel_config.world_size)
-        self._use_recompute_policy(vllm_config)
+        apply_load_failure_policy(vllm_config, self.settings)
         self._stores = self._priorities_allow_stores()
         self._problem = engine_hashes_problem(
             vllm_config.cache_config.prefix_caching_hash_algo,
@@ -131,16 +132,6 @@ class KvConnectorLeader:
             self.leader.wait_for_workers(WARM_START_SECS)  # so that the first request finds it
         self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
         close_at_exit(self, self.close)
-
-    @staticmethod
-    def _use_recompute_policy(vllm_config: "VllmConfig") -> None:
-        """Blocks that cannot be loaded are recomputed; vLLM's default is to fail the request."""
-        transfer = vllm_config.kv_transfer_config
-        if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
-            transfer.kv_load_failure_policy = "recompute"
-            logger.info(
-                "kv_load_failure_policy is set to recompute: what cannot be loaded is recomputed"
-            )
 
     def _priorities_allow_stores(self) -> bool:
         """Return whether anything is offloaded: vLLM gives no priorities, so that all are 0."""
@@ -296,7 +287,8 @@ class KvConnectorLeader:
                 return False
             self._sequence(request)  # its last tokens
             computed = request.num_computed_tokens // self.block_tokens if self._stores else 0
-            return self.leader.finish(request_id, computed)
+            failed = request.status.name == "FINISHED_ERROR"
+            return self.leader.finish(request_id, computed, load_failed=failed)
         except Exception:
             self.leader.abandon(request_id)
             raise

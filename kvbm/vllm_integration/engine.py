@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both sides of the connector read from vLLM's configuration."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from kvbm.instance import private_instance
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger(__name__)
 
 HYBRID_HELP = (
     "pass --disable-hybrid-kv-cache-manager (LLM(disable_hybrid_kv_cache_manager=True)) to keep "
@@ -30,6 +33,23 @@ def settings_of(vllm_config: "VllmConfig") -> Settings:
 def instance_of(vllm_config: "VllmConfig", settings: Settings) -> str:
     """Instance name: the one that was given, or one of this engine alone."""
     return settings.instance or private_instance(str(vllm_config.kv_transfer_config.engine_id))
+
+
+def apply_load_failure_policy(vllm_config: "VllmConfig", settings: Settings) -> None:
+    """Have the scheduler, which reads it later, follow the policy of kvbm's settings.
+
+    vLLM's own default is to fail the request, and it cannot be told from a wish of the user.
+    """
+    transfer, policy = vllm_config.kv_transfer_config, settings.load_failure_policy
+    if getattr(transfer, "kv_load_failure_policy", policy) != policy:
+        logger.info(
+            "kv_load_failure_policy is set to %s (DYN_KVBM_LOAD_FAILURE_POLICY): %s",
+            policy,
+            "what cannot be loaded is recomputed"
+            if policy == "recompute"
+            else "a request whose load fails ends with an error",
+        )
+        transfer.kv_load_failure_policy = policy
 
 
 def block_tokens_of(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> int:

@@ -46,6 +46,11 @@ EXPECTED: dict[str, tuple[Any, list[tuple[str, Any]], list[str]]] = {
         ["no-such-group-here", "-1", "4294967295", "1.5"],
     ),
     "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": (1800, POSITIVE, NOT_POSITIVE),
+    "DYN_KVBM_LOAD_FAILURE_POLICY": (
+        "recompute",
+        [("recompute", "recompute"), ("Fail", "fail")],
+        ["ignore", "1"],
+    ),
     "DYN_KVBM_DISK_CACHE_GB": (0.0, GB, NO_GB),
     "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": (0, BLOCKS, NO_BLOCKS),
     "DYN_KVBM_DISK_CACHE_DIR": (Path("/tmp"), [("/mnt/nvme/", Path("/mnt/nvme"))], []),

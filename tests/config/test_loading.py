@@ -47,11 +47,14 @@ def test_an_explicit_value_wins_even_if_it_is_the_default() -> None:
     assert load_settings({"cpu_cache_gb": 0}, {"DYN_KVBM_CPU_CACHE_GB": "1"}).cpu_cache_gb == 0
 
 
+# For those that take one of a few words only.
+OTHER_VALUES = {"kv_events_consolidator_mode": "passthrough", "load_failure_policy": "fail"}
+
+
 @pytest.mark.parametrize("tunable", tunables(), ids=lambda t: t.field)
 def test_each_setting_can_be_given_under_both_names(tunable: Tunable) -> None:
     value = {bool: not tunable.default, str: "default"}.get(type(tunable.default), "1")
-    if tunable.field == "kv_events_consolidator_mode":
-        value = "passthrough"
+    value = OTHER_VALUES.get(tunable.field, value)
     by_field = load_settings({tunable.field: value}, {})
     by_variable = load_settings({tunable.variable: value}, {})
     assert by_field == by_variable

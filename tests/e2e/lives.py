@@ -24,9 +24,10 @@ Tokens = tuple[int, ...]
 
 @dataclass
 class Lives:
-    """What came out: tokens of each finished request, and whatever else was looked at."""
+    """What came out: tokens and finish reason of each request, and what else was looked at."""
 
     outputs: dict[str, Tokens] = field(default_factory=dict)
+    reasons: dict[str, str | None] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -110,6 +111,7 @@ class Driver:
             if output.finished:
                 self.open.discard(name)
                 self.lives.outputs[name] = self.tokens[name][0]
+                self.lives.reasons[name] = output.outputs[0].finish_reason
 
     def step_until(self, condition: Callable[[], object]) -> None:
         """Step until the condition holds; fails if it never does."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads that fail at every step: the engine computes what did not come, and nothing is left.
 
-kv_load_failure_policy is not given: vLLM's default would end these requests with an error.
+kv_load_failure_policy is not given: vLLM's default would end these requests with an error, as
+DYN_KVBM_LOAD_FAILURE_POLICY=fail does.
 """
 
 from __future__ import annotations
@@ -91,3 +92,20 @@ def test_nothing_is_left_after_any_fault(run: RunResult) -> None:
         facts = life(run, name).facts
         left = {fact: facts[fact] for fact in ("in use", "held", "tracked")}
         assert left == {"in use": 0, "held": 0, "tracked": 0}, name
+
+
+def test_with_the_policy_fail_the_request_whose_load_fails_ends_with_an_error(
+    lab: Lab, expected: Expected, faults_possible: None
+) -> None:
+    environment = {"DYN_KVBM_VERIFY_HOST": "1", "DYN_KVBM_LOAD_FAILURE_POLICY": "fail"}
+    settings = lab.with_kvbm(environment=environment, device_blocks=96, logprobs=False)
+    one, two, *_ = expected.prompts
+    other = two[::-1]  # shares nothing, so that no block of it is damaged
+    call = Call("damaged", load_faults.load_with_fault, (one, other, "damaged_bytes"))
+    lived = life(lab.run(settings, call), "damaged")
+    assert lived.reasons == dict.fromkeys(("first", "other", "again"), "length") | {
+        "loaded": "error"
+    }
+    assert lived.outputs["loaded"] == ()
+    assert_outputs(lived, expected, one, ("first", "again"))
+    assert lived.facts["in use"] == 0

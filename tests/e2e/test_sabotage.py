@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from bench.vllm_lab.compare import compare
@@ -19,15 +17,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 def run_with_corrupt_copies(lab: Lab, guard: bool) -> RunResult:
     """One engine: traffic, a wrong row in every tenth block's host copy, last turn from the host.
 
-    A block that cannot be loaded is recomputed, instead of failing its request, only if the engine
-    is told so.
+    A block that cannot be loaded is recomputed, as the connector tells the engine to.
     """
     environment = {"DYN_KVBM_VERIFY_HOST": "1"} if guard else {}
-    settings = lab.with_kvbm(environment=environment)
-    config = settings.kv_transfer_config or {}
-    recompute = {**config, "kv_load_failure_policy": "recompute"}
     return lab.run(
-        replace(settings, kv_transfer_config=recompute),
+        lab.with_kvbm(environment=environment),
         Chat("chat", TRAFFIC),
         Replay("before", "chat", turns=(LAST_TURN,)),
         Call("corrupt", corrupt_host_copies, (10, 2)),

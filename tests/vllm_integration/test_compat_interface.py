@@ -87,6 +87,7 @@ REQUEST = {
     "num_tokens",
     "num_computed_tokens",
     "num_preemptions",
+    "status",
     "block_hashes",
     "_all_token_ids",
     "mm_features",

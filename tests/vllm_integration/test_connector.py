@@ -250,9 +250,11 @@ def test_a_request_with_another_number_of_hashes_than_expected_is_not_cached(con
     assert engine.side.segment.counters()["errors"] > 0
 
 
-def test_the_failure_policy_is_recompute(connect: Any) -> None:
-    engine = connect()
-    assert engine.scheduler._kv_transfer_config.kv_load_failure_policy == "recompute"
+@pytest.mark.parametrize("policy", [None, "recompute", "fail"])
+def test_the_failure_policy_is_that_of_the_settings(connect: Any, policy: str | None) -> None:
+    engine = connect(load_failure_policy=policy)
+    set_for_vllm = engine.scheduler._kv_transfer_config.kv_load_failure_policy
+    assert set_for_vllm == (policy or "recompute")
     assert not engine.scheduler.requires_kv_delivery
 
 

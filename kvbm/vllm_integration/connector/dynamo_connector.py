@@ -28,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from kvbm.config import Settings
 from kvbm.step import StepMetadata
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.connector_leader import KvConnectorLeader
@@ -120,6 +121,13 @@ class DynamoConnector(KVConnectorBase_V1):
         for side in (self._leader, self._worker):
             if side is not None:
                 side.count_error()
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of this side."""
+        side = self._worker if self._leader is None else self._leader
+        assert side is not None
+        return side.settings
 
     @property
     def requires_kv_delivery(self) -> bool:

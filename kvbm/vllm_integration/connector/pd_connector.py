@@ -21,20 +21,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.base import supports_hma
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, supports_hma
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
     MultiConnector,
     MultiKVConnectorMetadata,
 )
 
 from kvbm.errors import ConfigError
+from kvbm.vllm_integration.connector.dynamo_connector import DynamoConnector
+from kvbm.vllm_integration.engine import apply_load_failure_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-        KVConnectorHandshakeMetadata,
-        KVConnectorRole,
-    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -104,6 +103,10 @@ class PdConnector(MultiConnector):
         _check_children(vllm_config)
         self._check_hybrid(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
+        cache = self._connectors[0]
+        if role == KVConnectorRole.SCHEDULER and isinstance(cache, DynamoConnector):
+            # The child has a configuration of its own; the scheduler reads the engine's.
+            apply_load_failure_policy(vllm_config, cache.settings)
 
     @classmethod
     def _check_hybrid(cls, vllm_config: VllmConfig) -> None:

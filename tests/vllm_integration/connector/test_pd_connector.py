@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvbm.errors import ConfigError
+from tests.small_engine import unique_engine_id
 
 pytestmark = [
     pytest.mark.slow,  # importing vLLM takes many seconds
@@ -162,6 +163,39 @@ def test_statistics_of_a_child_that_vllm_does_not_know_by_name_are_rebuilt() -> 
     rebuilt = PdConnector.build_kv_connector_stats({"DynamoConnector": sent.data})
     assert rebuilt is not None
     assert type(rebuilt.data["DynamoConnector"]) is type(sent)
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "recompute"), ("fail", "fail")])
+def test_the_engine_follows_the_caches_policy_for_failed_loads(
+    given: str | None, policy: str
+) -> None:
+    import torch
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from kvbm.vllm_integration.connector import PdConnector
+    from tests.vllm_integration.connected import (
+        BLOCK,
+        LAYERS,
+        cache_configuration,
+        configuration,
+    )
+
+    extra = {"cpu_cache_override_num_blocks": 32, "load_failure_policy": given}
+    cache = CACHE | {
+        "kv_connector": "DynamoConnector",
+        "kv_connector_module_path": "kvbm.vllm_integration.connector",
+        "kv_connector_extra_config": extra,
+    }
+    config, parts = configuration(), vllm_config(cache, TRANSFER)
+    config.kv_transfer_config = parts.kv_transfer_config
+    config.kv_transfer_config.engine_id = unique_engine_id()
+    config.scheduler_config = parts.scheduler_config
+    worker = PdConnector(config, KVConnectorRole.WORKER, cache_configuration())
+    worker.register_kv_caches({name: torch.zeros(64, 1, BLOCK, 16) for name in LAYERS})
+    scheduler = PdConnector(config, KVConnectorRole.SCHEDULER, cache_configuration())
+    worker.shutdown()
+    scheduler.shutdown()
+    assert config.kv_transfer_config.kv_load_failure_policy == policy
 
 
 def test_names_and_aliases_are_upstreams() -> None:
