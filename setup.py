@@ -63,7 +63,7 @@ LIBRARY = str(BUILD_BASE / "lib")
 
 def compile_args() -> list[str]:
     """Return the compiler flags of every extension."""
-    args = ["-O0", "-g"] if DEBUG else ["-O2"]
+    args = ["-O0", "-g"] if DEBUG else ["-O1"] if SANITIZE else ["-O2"]
     args += ["-std=gnu11", "-fvisibility=hidden", *WARNINGS]
     if SANITIZE:
         args += [f"-fsanitize={SANITIZERS[SANITIZE]}", "-fno-omit-frame-pointer", "-g"]

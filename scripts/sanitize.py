@@ -7,7 +7,7 @@ that package before the checkout, loads the sanitizer's runtime into an ordinary
 pytest. Reports go to files, since pytest captures what a test prints; any report is a failure.
 
 ThreadSanitizer sees races between threads over one mapping. It cannot see other processes, nor two
-mappings of one segment.
+mappings of one segment: tests/stress/races.py is the program that gives it something to see.
 """
 
 from __future__ import annotations
@@ -17,11 +17,22 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {"thread": ("libtsan.so",), "address": ("libasan.so", "libubsan.so")}
+FLAGS = {"thread": "-fsanitize=thread -g", "address": "-fsanitize=address,undefined -g"}
 DEFAULT_TESTS = ["tests/fast", "-m", "not gpu and not e2e"]
+
+
+class Outcome(NamedTuple):
+    """How a command ended on an instrumented build, and what the sanitizer said of each process."""
+
+    status: int
+    output: str
+    reports: list[str]
 
 
 def runtime_libraries(kind: str) -> list[str]:
@@ -48,6 +59,7 @@ def environment(kind: str, library: Path, reports: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(library), str(ROOT)]),
         "PYTHONSAFEPATH": "1",
         "PYTHONMALLOC": "malloc",
+        "KVBM_CFLAGS": FLAGS[kind],  # of the tests' own extension modules
         "TSAN_OPTIONS": f"{common}:ignore_noninstrumented_modules=1:exitcode=0",
         "ASAN_OPTIONS": f"{common}:detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": f"{common}:print_stacktrace=1",
@@ -72,6 +84,35 @@ def pytest_script() -> Path:
     return Path(sys.executable).parent / "pytest"
 
 
+def build(kind: str) -> Path:
+    """Build the instrumented package, what has changed of it; return where it is."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=ROOT,
+        env={**os.environ, "KVBM_SANITIZE": kind},
+        check=True,
+    )
+    return ROOT / "build" / kind / "lib"
+
+
+def watch(
+    kind: str, library: Path, reports: Path, command: Sequence[str], capture: bool = False
+) -> Outcome:
+    """Run a command with an instrumented package; ``reports`` is emptied first."""
+    shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir(parents=True)
+    done = subprocess.run(
+        [*fixed_addresses(), *command],
+        cwd=ROOT,
+        env=environment(kind, library, reports),
+        stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.STDOUT if capture else None,
+        text=True,
+    )
+    found = [path.read_text(errors="replace") for path in sorted(reports.iterdir())]
+    return Outcome(done.returncode, done.stdout or "", found)
+
+
 def main(arguments: list[str]) -> int:
     """Build, run the tests, print the reports; return 1 if a test failed or a report exists."""
     if not arguments or arguments[0] not in RUNTIMES:
@@ -81,21 +122,15 @@ def main(arguments: list[str]) -> int:
         print("sanitize.py: needs Python 3.11 or newer (PYTHONSAFEPATH)", file=sys.stderr)
         return 2
     kind, tests = arguments[0], arguments[1:] or DEFAULT_TESTS
-    base = ROOT / "build" / kind
-    build = [sys.executable, "setup.py", "-q", "build"]
-    subprocess.run(build, cwd=ROOT, env={**os.environ, "KVBM_SANITIZE": kind}, check=True)
-    reports = base / "reports"
-    shutil.rmtree(reports, ignore_errors=True)
-    reports.mkdir(parents=True)
+    library = build(kind)
     # The watchdogs' limits are for ordinary builds: instrumented ones are several times slower.
     options = ["-p", "no:cacheprovider", "-q", "-o", "timeout=600"]
-    command = [*fixed_addresses(), sys.executable, str(pytest_script()), *options, *tests]
-    status = subprocess.run(command, cwd=ROOT, env=environment(kind, base / "lib", reports))
-    found = sorted(reports.iterdir())
-    for path in found:
-        print(f"--- {path}\n{path.read_text(errors='replace')}")
-    print(f"sanitize.py: {kind}: {len(found)} processes reported something")
-    return 1 if found or status.returncode else 0
+    command = [sys.executable, str(pytest_script()), *options, *tests]
+    outcome = watch(kind, library, ROOT / "build" / kind / "reports", command)
+    for report in outcome.reports:
+        print(f"---\n{report}")
+    print(f"sanitize.py: {kind}: {len(outcome.reports)} processes reported something")
+    return 1 if outcome.reports or outcome.status else 0
 
 
 if __name__ == "__main__":

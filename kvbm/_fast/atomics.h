@@ -41,6 +41,16 @@ static inline void kv_shared_store(void) {
 static inline void kv_shared_store(void) {}
 #endif
 
+/* A module that is built with KVBM_PLANT_RACE releases nothing. For one test: the race detector has
+ * to notice it (tests/stress/test_races.py). */
+#ifdef KVBM_PLANT_RACE
+#define KV_RELEASE __ATOMIC_RELAXED
+#define KV_ACQ_REL __ATOMIC_ACQUIRE
+#else
+#define KV_RELEASE __ATOMIC_RELEASE
+#define KV_ACQ_REL __ATOMIC_ACQ_REL
+#endif
+
 static inline uint64_t kv_u64_load_relaxed(const kv_au64 *p) {
     return __atomic_load_n(&p->_v, __ATOMIC_RELAXED);
 }
@@ -66,7 +76,7 @@ static inline void kv_u64_store_relaxed(kv_au64 *p, uint64_t v) {
 }
 static inline void kv_u64_store_release(kv_au64 *p, uint64_t v) {
     kv_shared_store();
-    __atomic_store_n(&p->_v, v, __ATOMIC_RELEASE);
+    __atomic_store_n(&p->_v, v, KV_RELEASE);
 }
 static inline void kv_u32_store_relaxed(kv_au32 *p, uint32_t v) {
     kv_shared_store();
@@ -74,7 +84,7 @@ static inline void kv_u32_store_relaxed(kv_au32 *p, uint32_t v) {
 }
 static inline void kv_u32_store_release(kv_au32 *p, uint32_t v) {
     kv_shared_store();
-    __atomic_store_n(&p->_v, v, __ATOMIC_RELEASE);
+    __atomic_store_n(&p->_v, v, KV_RELEASE);
 }
 static inline void kv_u32_store_seq_cst(kv_au32 *p, uint32_t v) {
     kv_shared_store();
@@ -84,7 +94,7 @@ static inline void kv_u32_store_seq_cst(kv_au32 *p, uint32_t v) {
 /* Compare and swap: on failure *expected is refreshed (acquire): the caller decides again. */
 static inline bool kv_u64_cas_acq_rel(kv_au64 *p, uint64_t *expected, uint64_t desired) {
     kv_shared_store();
-    return __atomic_compare_exchange_n(&p->_v, expected, desired, false, __ATOMIC_ACQ_REL,
+    return __atomic_compare_exchange_n(&p->_v, expected, desired, false, KV_ACQ_REL,
                                        __ATOMIC_ACQUIRE);
 }
 
@@ -94,15 +104,15 @@ static inline uint64_t kv_u64_fetch_add_relaxed(kv_au64 *p, uint64_t v) {
 }
 static inline uint32_t kv_u32_fetch_add_release(kv_au32 *p, uint32_t v) {
     kv_shared_store();
-    return __atomic_fetch_add(&p->_v, v, __ATOMIC_RELEASE);
+    return __atomic_fetch_add(&p->_v, v, KV_RELEASE);
 }
 static inline uint64_t kv_u64_fetch_or_acq_rel(kv_au64 *p, uint64_t v) {
     kv_shared_store();
-    return __atomic_fetch_or(&p->_v, v, __ATOMIC_ACQ_REL);
+    return __atomic_fetch_or(&p->_v, v, KV_ACQ_REL);
 }
 static inline uint64_t kv_u64_fetch_and_acq_rel(kv_au64 *p, uint64_t v) {
     kv_shared_store();
-    return __atomic_fetch_and(&p->_v, v, __ATOMIC_ACQ_REL);
+    return __atomic_fetch_and(&p->_v, v, KV_ACQ_REL);
 }
 
 static inline void kv_cpu_pause(void) {

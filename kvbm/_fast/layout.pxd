@@ -104,6 +104,7 @@ cdef extern from "layout.h" nogil:
     uint32_t kv_recency_priority(uint64_t r) noexcept
     uint64_t kv_recency_tick(uint64_t r) noexcept
 
+    uint64_t kv_mix64(uint64_t x) noexcept
     uint64_t kv_digest_hash(uint64_t lo, uint64_t hi) noexcept
     uint32_t kv_hash_tag(uint64_t h) noexcept
     uint32_t kv_hash_bucket(uint64_t h, uint32_t mask) noexcept

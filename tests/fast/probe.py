@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build and import ``_probe.pyx``, once for each state of the sources it depends on."""
+"""Build and import a test's .pyx, once for each state of the sources it depends on.
+
+KVBM_CFLAGS has the flags of an instrumented run (scripts/sanitize.py).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = Path(__file__).with_name("_probe.pyx")
 
 
-def _key(package: Path) -> str:
+def _key(source: Path, package: Path) -> str:
     """Hash of everything that the built module depends on."""
-    parts = [SOURCE, *sorted(package.glob("*.pxd")), *sorted(package.glob("*.h"))]
+    parts = [source, *sorted(package.glob("*.pxd")), *sorted(package.glob("*.h"))]
     state = hashlib.sha256(sys.version.encode() + os.environ.get("KVBM_CFLAGS", "").encode())
     for path in parts:
         state.update(path.read_bytes())
@@ -25,20 +29,26 @@ def _key(package: Path) -> str:
 
 
 def load_probe() -> ModuleType:
+    """Return the functions of kvbm/_fast that have no Python API."""
+    return load(SOURCE)
+
+
+def load(source: Path) -> ModuleType:
     """Return the module; compiled if it is not there yet."""
     import kvbm._fast  # not by the process that compiles
 
     package = Path(next(iter(kvbm._fast.__path__)))
-    folder = ROOT / "build" / "probe" / _key(package)
+    folder = ROOT / "build" / "probe" / _key(source, package)
     if not list(folder.glob("*.so")):
         # In a process of its own: compilers' warnings are no failures here, and a sanitizer's
         # runtime has no business in the compiler.
         environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-        command = [sys.executable, str(Path(__file__).resolve()), str(folder), str(package)]
+        script = str(Path(__file__).resolve())
+        command = [sys.executable, script, str(source), str(folder), str(package)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
     library = next(iter(folder.glob("*.so")))
-    spec = importlib.util.spec_from_file_location("_probe", library)
+    spec = importlib.util.spec_from_file_location(source.stem, library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -46,17 +56,19 @@ def load_probe() -> ModuleType:
     return module
 
 
-def build(folder: Path, package: Path) -> None:
+def build(source: Path, folder: Path, package: Path) -> None:
     """Translate and compile the module into a folder, which appears when it is complete."""
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
 
     work = folder.with_name(f"{folder.name}.{os.getpid()}")
+    flags = shlex.split(os.environ.get("KVBM_CFLAGS", ""))
     extension = Extension(
-        "_probe",
-        [str(SOURCE)],
+        source.stem,
+        [str(source)],
         include_dirs=[str(package)],
-        extra_compile_args=["-O1", "-std=gnu11"],
+        extra_compile_args=["-O1", "-std=gnu11", *flags],
+        extra_link_args=flags,
     )
     modules = cythonize(
         [extension],
@@ -77,4 +89,4 @@ def build(folder: Path, package: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(sys.argv[2]))
+    build(*(Path(argument) for argument in sys.argv[1:4]))
