@@ -62,7 +62,7 @@ class Stage:
     turns: int
     lives: int
     layout: ArenaLayout = field(init=False)
-    arena: np.ndarray = field(init=False)  # type: ignore[type-arg]
+    arena: np.ndarray = field(init=False)
     over: threading.Event = field(default_factory=threading.Event)
     done: Counter[str] = field(default_factory=Counter)
     failures: list[BaseException] = field(default_factory=list)
@@ -89,10 +89,10 @@ class Stage:
             except SegmentFault:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.001)
+                self.over.wait(0.001)
 
     @contextlib.contextmanager
-    def copying(self, leader: int, device: np.ndarray) -> Iterator[WorkerLoop]:  # type: ignore[type-arg]
+    def copying(self, leader: int, device: np.ndarray) -> Iterator[WorkerLoop]:
         """A worker of a leader, whose thread copies until the block ends; then it dies."""
         segment = self.attach()
         self.claim(lambda: claim_worker(segment, leader, 0), segment)
@@ -100,7 +100,7 @@ class Stage:
         copier = HostCopier(
             [(device.ctypes.data, chunk, chunk)],
             self.layout,
-            self.arena,
+            self.arena.data,
             device_blocks=self.races.DEVICE_BLOCKS,
         )
         loop = WorkerLoop(segment, HostBackend([copier]))
@@ -114,7 +114,7 @@ class Stage:
             self.races.die(segment)
             segment.close()
 
-    def work(self, table: OperationTable, device: np.ndarray, seed: int) -> object:  # type: ignore[type-arg]
+    def work(self, table: OperationTable, device: np.ndarray, seed: int) -> object:
         """The harness's loop for one leader."""
         return self.races.Work(
             table,
@@ -136,8 +136,9 @@ def by_name(table: OperationTable, number: int) -> None:
     anonymous = Keys(digests(1, f"anonymous {number}"))
     for ref, _ in table.reserve(anonymous, 0, 1):
         if not identify(table, ref, Keys(digests(1, "late")), 0) or table.publish([ref]) != 1:
-            while not table.abandon_reserved([ref]):
-                time.sleep(0.001)
+            deadline = time.monotonic() + DEADLINE_S
+            while not table.abandon_reserved([ref]):  # a recovery, which ends within milliseconds
+                assert time.monotonic() < deadline
         table.unpin(ref)
 
 
