@@ -29,6 +29,7 @@ The tree::
       TransferError
       LeaderTimeout (TimeoutError)
       TraceError (ValueError)
+      InspectError
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ __all__ = [
     "ConfigError",
     "FingerprintMismatch",
     "GeometryError",
+    "InspectError",
     "KvbmError",
     "LeaderTimeout",
     "NotEnoughBlocks",
@@ -358,3 +360,7 @@ class LeaderTimeout(KvbmError, TimeoutError):
 
 class TraceError(KvbmError, ValueError):
     """A file is not a request trace; the message names the line and what is wrong in it."""
+
+
+class InspectError(KvbmError):
+    """What is to be looked at is not there or cannot be read."""

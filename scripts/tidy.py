@@ -52,7 +52,15 @@ SLEEP = re.compile(r"\btime\.slee[p]\b|from time import.*\bslee[p]\b")
 MACHINE_PATH = re.compile(r"(?<![\w.}*])/(?:work|root|home/\w+|Users/\w+)/")
 URL_HOST = re.compile(r"\bhttps?://(?P<host>[\w.-]+)")
 URL_HOSTS = frozenset(
-    {"127.0.0.1", "arxiv.org", "docs.vllm.ai", "github.com", "localhost", "www.apache.org"}
+    {
+        "127.0.0.1",
+        "arxiv.org",
+        "docs.vllm.ai",
+        "github.com",
+        "localhost",
+        "www.apache.org",
+        "www.w3.org",
+    }
 )
 
 

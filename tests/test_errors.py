@@ -17,6 +17,7 @@ EXAMPLES: list[tuple[KvbmError, dict[str, object], str]] = [
     (errors.KvbmError("text"), {}, "text"),
     (errors.ConfigError("A=1 is not valid"), {}, "A=1 is not valid"),
     (errors.GeometryError("shape (2, 3)"), {}, "shape (2, 3)"),
+    (errors.InspectError("x is not a file"), {}, "x is not a file"),
     (
         errors.SegmentError(SEGMENT, "because"),
         {"name": SEGMENT, "detail": "because"},

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of a segment at one moment, and what the kernel knows about it: live or from a file.
+
+A live segment is read with `read`, not through a mapping: nothing that its owner does to the object
+meanwhile, not even truncating it, can end the reader. The copy is not taken in one instant: words
+are whole, but two of them may be of different moments.
+
+A snapshot file is a zip archive: `capture.json` (format, times, locks), `segment` (the bytes) and
+`arena.<rank>` (the head of each arena: its announcement and its slot headers, but never KV bytes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import stat
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbm._fast.contract import LINES, PAGE_BYTES, RECOVERY_LOCK_OFFSET, line_lock_offset
+from kvbm._fast.locks import held_by_other
+from kvbm._fast.segment import LOCK_USERS_OFFSET
+from kvbm.errors import InspectError
+from kvbm.instance import SHARED_MEMORY, instances, segment_name
+
+SNAPSHOT_FORMAT = 1
+SLOT_HEADER_BYTES = 64
+READ_BYTES = 1 << 24
+SEGMENT_BYTES_MAX = 1 << 40
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Bytes of a segment and what was known about it at the same moment.
+
+    Attributes
+    ----------
+    source : str
+        Name of the instance, or path of the file.
+    kind : {"live", "snapshot", "file"}
+        Where it is from; "file" is a plain copy of the bytes.
+    data : bytes
+        The segment.
+    realtime_ns, monotonic_ns : int or None
+        Both clocks at that moment; None for a plain copy.
+    locked : frozenset of int or None
+        Participant lines whose lock somebody holds; None: unknown.
+    in_use, recovery_locked : bool or None
+        Whether somebody has the segment open; whether somebody recovers now.
+    objects : mapping of str to int
+        Sizes of the objects of the instance, in bytes, by name.
+    arenas : mapping of int to bytes
+        Heads of the arenas, by rank.
+    owner : str
+        User that owns the segment.
+    """
+
+    source: str
+    kind: str
+    data: bytes
+    realtime_ns: int | None = None
+    monotonic_ns: int | None = None
+    locked: frozenset[int] | None = None
+    in_use: bool | None = None
+    recovery_locked: bool | None = None
+    objects: Mapping[str, int] = field(default_factory=dict)
+    arenas: Mapping[int, bytes] = field(default_factory=dict)
+    owner: str = ""
+
+
+def resolve(source: str | None) -> str:
+    """Name of an instance or path of a file; the only instance on this host if None.
+
+    Raises
+    ------
+    InspectError
+        There is no such thing, or None was given and there is not exactly one instance.
+    """
+    found = instances()
+    there = ", ".join(sorted(found)) or "none"
+    if source is None:
+        if len(found) != 1:
+            raise InspectError(f"name an instance or a file; instances on this host: {there}")
+        return next(iter(found))
+    name = source.removeprefix("/").removeprefix("dev/shm/").removeprefix("kvbm-")
+    if source in found:
+        return source
+    if name in found and (source.startswith(("/", "kvbm-"))):
+        return name
+    if Path(source).exists():
+        return source
+    raise InspectError(f"{source} is no instance and no file; instances on this host: {there}")
+
+
+def capture(source: str, slot_headers: bool = False) -> Capture:
+    """Read an instance, a snapshot file, or a plain copy of a segment.
+
+    Parameters
+    ----------
+    source : str
+        As `resolve` returned it.
+    slot_headers : bool
+        Also read the slot headers in the arenas of a live instance.
+
+    Raises
+    ------
+    InspectError
+        It cannot be read.
+    """
+    try:
+        if source in instances():
+            return _live(source, slot_headers)
+        if zipfile.is_zipfile(source):
+            return _from_snapshot(Path(source))
+        if not Path(source).is_file():
+            raise InspectError(f"{source} is not a file")
+        return Capture(source, "file", _read_all(Path(source)))
+    except FileNotFoundError:
+        raise InspectError(f"{source} has gone meanwhile, or has no segment") from None
+    except PermissionError:
+        raise InspectError(f"{source} belongs to another user") from None
+    except MemoryError:
+        raise InspectError(f"{source} does not fit into memory") from None
+    except OSError as error:
+        raise InspectError(f"{source}: {error.strerror or error}") from None
+
+
+def _read_all(path: Path) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return _read(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+def _read(fd: int, count: int) -> bytes:
+    """At most `count` bytes from the start of a file: fewer where it ends before."""
+    pieces = bytearray()
+    while len(pieces) < count:
+        piece = os.pread(fd, min(READ_BYTES, count - len(pieces)), len(pieces))
+        if not piece:
+            break
+        pieces += piece
+    return bytes(pieces)
+
+
+@dataclass(frozen=True)
+class Locks:
+    """Who holds which lock on a segment; None where the system cannot tell."""
+
+    locked: frozenset[int] | None
+    in_use: bool | None
+    recovery: bool | None
+
+    @classmethod
+    def of(cls, fd: int) -> Locks:
+        """Ask the kernel, for an open segment."""
+        try:
+            lines = frozenset(n for n in range(LINES) if held_by_other(fd, line_lock_offset(n)))
+            in_use = held_by_other(fd, LOCK_USERS_OFFSET)
+            return cls(lines, in_use, held_by_other(fd, RECOVERY_LOCK_OFFSET))
+        except OSError:
+            return cls(None, None, None)
+
+
+def _live(instance: str, slot_headers: bool) -> Capture:
+    objects = {}
+    for name in instances().get(instance, []):
+        try:
+            objects[name] = (SHARED_MEMORY / name.lstrip("/")).stat().st_size
+        except FileNotFoundError:
+            continue
+    path = SHARED_MEMORY / segment_name(instance).lstrip("/")
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > SEGMENT_BYTES_MAX:
+            raise InspectError(f"{path} is not a segment")
+        locks = Locks.of(fd)
+        realtime_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+        data = _read(fd, state.st_size)
+    return Capture(
+        instance,
+        "live",
+        data,
+        realtime_ns,
+        monotonic_ns,
+        locks.locked,
+        locks.in_use,
+        locks.recovery,
+        objects,
+        _arena_heads(instance, objects, _slots(data) if slot_headers else 0),
+        owner_name(state.st_uid),
+    )
+
+
+def owner_name(uid: int) -> str:
+    """Name of a user, or its number if it has none here."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _slots(data: bytes) -> int:
+    from kvbm.inspect.decode import shape_of
+
+    shape = shape_of(data)
+    return 0 if shape is None else shape.host_slots
+
+
+def _arena_heads(instance: str, objects: Mapping[str, int], slots: int) -> dict[int, bytes]:
+    """First page of each arena, and the headers of so many slots."""
+    heads = {}
+    for name in objects:
+        middle, _, rank = name.rpartition(".")
+        if not middle.endswith(f"{instance}.host") or not rank.isdigit():
+            continue
+        try:
+            with open(SHARED_MEMORY / name.lstrip("/"), "rb", buffering=0) as file:
+                heads[int(rank)] = _read(file.fileno(), PAGE_BYTES + slots * SLOT_HEADER_BYTES)
+        except OSError:
+            continue
+    return heads
+
+
+# ---- snapshot files ------------------------------------------------------------------------------
+def write_snapshot(taken: Capture, path: Path) -> None:
+    """Write a capture to a file, which appears when it is complete; it is readable by its owner.
+
+    Raises
+    ------
+    InspectError
+        It cannot be written.
+    """
+    about = {
+        "format": SNAPSHOT_FORMAT,
+        "source": taken.source,
+        "realtime_ns": taken.realtime_ns,
+        "monotonic_ns": taken.monotonic_ns,
+        "locked": None if taken.locked is None else sorted(taken.locked),
+        "in_use": taken.in_use,
+        "recovery_locked": taken.recovery_locked,
+        "objects": dict(taken.objects),
+        "owner": taken.owner,
+    }
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with (
+            os.fdopen(fd, "wb") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        ):
+            archive.writestr("capture.json", json.dumps(about, indent=1))
+            archive.writestr("segment", taken.data)
+            for rank, head in sorted(taken.arenas.items()):
+                archive.writestr(f"arena.{rank}", head)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InspectError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _from_snapshot(path: Path) -> Capture:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(archive.read("capture.json"))
+            if about.get("format") != SNAPSHOT_FORMAT:
+                raise InspectError(
+                    f"{path} is a snapshot of format {about.get('format')}, "
+                    f"this version reads {SNAPSHOT_FORMAT}"
+                )
+            names = [n for n in archive.namelist() if n.startswith("arena.") and n[6:].isdigit()]
+            return Capture(
+                str(path),
+                "snapshot",
+                archive.read("segment"),
+                _number(about["realtime_ns"]),
+                _number(about["monotonic_ns"]),
+                None if about["locked"] is None else frozenset(map(int, about["locked"])),
+                about["in_use"],
+                about["recovery_locked"],
+                {str(k): int(v) for k, v in about["objects"].items()},
+                {int(name[6:]): archive.read(name) for name in names},
+                str(about["owner"]),
+            )
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise InspectError(f"{path} is a damaged snapshot: {error}") from None
+
+
+def _number(value: Any) -> int | None:
+    return None if value is None else int(value)
