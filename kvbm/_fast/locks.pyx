@@ -5,8 +5,8 @@ Open file description locks (`F_OFD_SETLK`, Linux 3.15) on bytes far behind the 
 shared-memory object. They belong to the open file, not to the process, so two participants in one
 process do not disturb each other (POSIX record locks would), they hold across pid namespaces that
 share the file system, and process ids, which are reused, play no part. A forked child shares the
-open file and so keeps the lock: segments close their file in the child (`os.register_at_fork` in
-kvbm/_fast/segment.pyx).
+open file and so keeps the lock: segments and arenas close their files in the child
+(`os.register_at_fork` in kvbm/_fast/segment.pyx and kvbm/tiers/host.py).
 """
 from libc.errno cimport EACCES, EAGAIN, errno
 from libc.stdint cimport int64_t

@@ -26,6 +26,7 @@ import mmap
 import os
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ RESERVE_THREADS_MAX = 4
 
 _HEADER = struct.Struct("<8sIIQQQ32s")
 _POLL_SECS = 0.01
+_open_arenas: "weakref.WeakSet[HostArena]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class HostArena:
         except BaseException:
             os.close(self._fd)
             raise
+        _open_arenas.add(self)
 
     def _settle(self, header: ArenaHeader, exclusive: bool) -> ArenaHeader:
         """Adopt the object's content if it is for the same block, else begin anew."""
@@ -215,7 +218,14 @@ class HostArena:
         """Size the object and map all of it; memory is reserved by `reserve`, not here."""
         if os.fstat(self._fd).st_size != total_bytes:
             os.ftruncate(self._fd, total_bytes)
-        self._map = mmap.mmap(self._fd, total_bytes)
+        # A mapping keeps its open file, and with it the file's locks, until it is unmapped, which a
+        # forked child cannot do while something refers to the memory. So it gets a file of its own,
+        # without a lock.
+        unlocked = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._map = mmap.mmap(unlocked, total_bytes)
+        finally:
+            os.close(unlocked)
         with contextlib.suppress(OSError):  # a kernel without huge pages in shared memory
             self._map.madvise(mmap.MADV_HUGEPAGE)
         return self._map
@@ -326,3 +336,12 @@ def wait_for_headers(instance: str, ranks: int, timeout_secs: float) -> list[Are
             missing = [rank for rank, header in enumerate(headers) if header is None]
             raise LeaderTimeout(timeout_secs, missing, ranks)
         time.sleep(_POLL_SECS)
+
+
+def _forget_after_fork() -> None:
+    """In a forked child: drop the copies, which would keep the parent's locks alive."""
+    for arena in list(_open_arenas):
+        arena.close()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

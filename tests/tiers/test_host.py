@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import posix_ipc
 import pytest
 
 import kvbm.tiers.host
+from kvbm._fast.locks import try_lock
+from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
 from kvbm.instance import SHARED_MEMORY, remove
 from kvbm.tiers.host import (
@@ -25,6 +28,7 @@ from kvbm.tiers.host import (
     read_header,
     wait_for_headers,
 )
+from tests.fast.instances import run_in_fork
 
 HEADER = ArenaHeader(0, 1, 4096, 8, 0, b"geometry".ljust(32, b"\0"))
 TOTAL = 3 * PAGE_BYTES + 100
@@ -203,6 +207,58 @@ def test_an_old_kernel_reserves_by_another_call(
     monkeypatch.setattr(kvbm.tiers.host, "populate", failing_after(0, errno.EINVAL))
     assert arena.reserve(lambda _: None, lambda: False)
     assert path_of(arena).stat().st_blocks * 512 >= TOTAL
+
+
+# ---- fork ----------------------------------------------------------------------------------------
+@contextmanager
+def forked_child() -> Iterator[None]:
+    """A child that was forked before and lives until the end."""
+    read, write = os.pipe()
+    running, runs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.write(runs, b"!")
+        os.read(read, 1)  # until the parent closes its end
+        os._exit(0)
+    os.close(read)
+    try:
+        assert os.read(running, 1) == b"!"
+        yield
+    finally:
+        for descriptor in (write, running, runs):
+            os.close(descriptor)
+        os.waitpid(child, 0)
+
+
+def nobody_uses(arena: HostArena) -> bool:
+    """Whether the exclusive lock on the arena's object can be had."""
+    with path_of(arena).open("r+b") as file:
+        return try_lock(file.fileno(), LOCK_USERS_OFFSET, exclusive=True)
+
+
+@pytest.mark.parametrize("referred_to", [False, True])
+def test_a_forked_child_keeps_no_lock_of_its_parent(instance: str, referred_to: bool) -> None:
+    arena = HostArena(instance, HEADER, exclusive=True)
+    memory = arena.map(TOTAL)
+    reference = memoryview(memory) if referred_to else None  # as the backend holds one
+    with forked_child():
+        assert not nobody_uses(arena)
+        if reference is not None:
+            reference.release()
+        arena.close()
+        assert nobody_uses(arena)
+
+
+def test_a_forked_child_cannot_write_its_parents_header(arena: HostArena) -> None:
+    def check() -> None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            arena.belong_to(77)
+        arena.close()
+
+    run_in_fork(check)
+    assert not nobody_uses(arena)
+    assert ArenaHeader.unpack(path_of(arena).read_bytes()[:PAGE_BYTES]) == HEADER
 
 
 # ---- announcement --------------------------------------------------------------------------------
