@@ -271,7 +271,7 @@ class Worker:
         try:
             if not self.copying:  # nobody works on them: they fail at once
                 for handle in handles:
-                    loop.cancel_and_wait(handle, 0)
+                    loop.fail(handle)
             return all(loop.rank_ended(handle) for handle in handles)
         except Exception:
             logger.exception("rank %d: operations cannot be looked at", self.place.rank)

@@ -329,10 +329,11 @@ typedef enum {
     KV_C_BYTES_LOADED, KV_C_STORE_NS, KV_C_LOAD_NS, KV_C_SKIPPED_NO_SLOT,
     KV_C_SKIPPED_NO_OPERATION, KV_C_DECLINED, KV_C_INDEX_FULL, KV_C_STALE_ENTRIES,
     KV_C_CHECK_FAILURES, KV_C_RECOVERIES, KV_C_MATCHED_TOKENS, KV_C_ERRORS, KV_C_RESETS,
-    KV_C_LOOKUP_PROBES, KV_C_COUNT
+    KV_C_LOOKUP_PROBES, KV_C_STORES_CANCELLED, KV_C_LOADS_CANCELLED, KV_C_COUNT
 } kv_counter;
 
-/* W: the line's owner; relaxed. */
+/* W: the line's owner; relaxed. Never set back: a line goes on with what its owners before counted,
+ * so that the sum over all lines is that of the segment's life. */
 typedef struct kv_counters { kv_au64 value[KV_COUNTERS]; } kv_counters;
 
 /* ---- shape and header ------------------------------------------------------------------------ */

@@ -31,9 +31,11 @@ from kvbm._fast.layout cimport (
     KV_C_BLOCKS_LOADED,
     KV_C_BLOCKS_STORED,
     KV_C_LOADS,
+    KV_C_LOADS_CANCELLED,
     KV_C_LOADS_FAILED,
     KV_C_PUBLISHED,
     KV_C_STORES,
+    KV_C_STORES_CANCELLED,
     KV_C_STORES_FAILED,
     KV_NONE,
     KV_OP_CANCELLED,
@@ -219,20 +221,21 @@ cdef EndResult operation_end(kv_view *view, kv_operation *op, uint32_t rank,
         if kv_u64_cas_acq_rel(&op.word, &word, next_word):
             break
     if result == ENDED:
-        count_end(view, kind, row_count, kv_op_state(next_word) == KV_OP_FAILED)
+        count_end(view, kind, row_count, next_word, kv_op_state(word) == KV_OP_CANCELLED)
     return result
 
 
-cdef void count_end(kv_view *view, uint32_t kind, uint32_t row_count,
-                    bint failed) noexcept nogil:
-    if kind == KV_STORE:
-        kv_count(view, KV_C_STORES_FAILED if failed else KV_C_STORES, 1)
-        if not failed:
-            kv_count(view, KV_C_BLOCKS_STORED, row_count)
+cdef void count_end(kv_view *view, uint32_t kind, uint32_t row_count, uint64_t word,
+                    bint cancelled) noexcept nogil:
+    """Count an operation that has ended; one that nobody wanted any more is not a failure."""
+    cdef bint store = kind == KV_STORE
+    if kv_op_state(word) != KV_OP_FAILED:
+        kv_count(view, KV_C_STORES if store else KV_C_LOADS, 1)
+        kv_count(view, KV_C_BLOCKS_STORED if store else KV_C_BLOCKS_LOADED, row_count)
+    elif cancelled:
+        kv_count(view, KV_C_STORES_CANCELLED if store else KV_C_LOADS_CANCELLED, 1)
     else:
-        kv_count(view, KV_C_LOADS_FAILED if failed else KV_C_LOADS, 1)
-        if not failed:
-            kv_count(view, KV_C_BLOCKS_LOADED, row_count)
+        kv_count(view, KV_C_STORES_FAILED if store else KV_C_LOADS_FAILED, 1)
 
 
 cdef void operation_publish(kv_view *view, kv_operation *op) noexcept nogil:
@@ -264,7 +267,7 @@ cdef void operation_finished(kv_view *view, kv_operation *op) noexcept nogil:
     while kv_op_state(word) == KV_OP_FINISHING:
         if kv_u64_cas_acq_rel(&op.word, &word,
                               with_state(word, KV_OP_COMPLETE, kv_op_finisher(word))):
-            count_end(view, kind, row_count, False)
+            count_end(view, kind, row_count, word, False)
             return
 
 
@@ -289,7 +292,7 @@ cdef void operation_cancel(kv_view *view, kv_operation *op, uint32_t generation)
             next_word = with_state(next_word, KV_OP_FAILED, 0)
         if kv_u64_cas_acq_rel(&op.word, &word, next_word):
             if kv_op_state(next_word) == KV_OP_FAILED:
-                count_end(view, kind, 0, True)
+                count_end(view, kind, 0, next_word, True)
             return
 
 

@@ -21,6 +21,7 @@ from kvbm._fast.atomics cimport (
     kv_u64_store_relaxed,
 )
 from kvbm._fast.layout cimport (
+    KV_COUNTERS,
     KV_LEADERS,
     KV_NONE,
     KV_PARTICIPANTS,
@@ -34,7 +35,7 @@ from kvbm._fast.layout cimport (
 from kvbm._fast.locks cimport lock_drop, lock_held_by_other, lock_take
 from kvbm._fast.segment cimport Segment, line_lock
 
-from kvbm._fast.segment import SegmentFault
+from kvbm._fast.segment import COUNTER_NAMES, SegmentFault
 
 ROLES = {KV_ROLE_LEADER: "leader", KV_ROLE_WORKER: "worker"}
 
@@ -233,3 +234,28 @@ def workers_attached(Segment segment not None) -> bool:
         if kv_u32_load_acquire(&p.role) != KV_ROLE_WORKER or not kv_u32_load_acquire(&p.attached):
             return False
     return True
+
+
+def engine_counters(Segment segment not None) -> dict[str, int]:
+    """Counters of one engine: those on the lines of this leader slot and of its workers.
+
+    Lines go on with what their owners before counted, so what this engine did is the difference to
+    the moment at which it claimed its slot. Other engines count on lines of their own.
+
+    Raises
+    ------
+    SegmentFault
+        This attachment has no line ("closed").
+    """
+    cdef uint32_t rank
+    cdef int i
+    cdef uint64_t total[32]
+    segment.check_open()
+    if segment.view.leader == KV_NONE:
+        raise SegmentFault("closed", f"this attachment to {segment.name} has no line")
+    for i in range(KV_COUNTERS):
+        total[i] = kv_u64_load_relaxed(&segment.view.counters[segment.view.leader].value[i])
+        for rank in range(segment.view.shape.ranks):
+            total[i] += kv_u64_load_relaxed(
+                &segment.view.counters[kv_worker_line(segment.view.leader, rank)].value[i])
+    return {name: total[i] for i, name in enumerate(COUNTER_NAMES)}

@@ -87,7 +87,8 @@ COUNTER_NAMES = (
     "deduplicated", "stores", "loads", "stores_failed", "loads_failed", "blocks_stored",
     "blocks_loaded", "bytes_stored", "bytes_loaded", "store_ns", "load_ns", "skipped_no_slot",
     "skipped_no_operation", "declined", "index_full", "stale_entries", "check_failures",
-    "recoveries", "matched_tokens", "errors", "resets", "lookup_probes",
+    "recoveries", "matched_tokens", "errors", "resets", "lookup_probes", "stores_cancelled",
+    "loads_cancelled",
 )
 
 cdef int64_t line_lock(uint32_t line) noexcept nogil:

@@ -368,6 +368,16 @@ cdef class WorkerLoop:
         return (kv_op_generation(word) != <uint32_t>(handle >> 32)
                 or kv_op_rank(word, self.rank) >= KV_RANK_DONE)
 
+    def fail(self, handle: int) -> None:
+        """Fail this rank's part of an operation if it has not begun: no thread is left to begin it.
+
+        Unlike a cancel this is counted as a failure, and other ranks go on.
+        """
+        cdef uint64_t word = 0
+        cdef kv_operation *op = self.operation_of(handle, &word)
+        if operation_claim(self.view, op, <uint32_t>(handle >> 32), self.rank):
+            operation_end(self.view, op, self.rank, False)
+
     def failed_device_blocks(self, handle: int) -> list[int]:
         """Device blocks that this rank did not load, from the first failed row on.
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvbm's counters in vLLM's own statistics: its log line and its `/metrics`.
 
-The counters are in the segment, so the scheduler side can read those of all ranks. What it gives to
-vLLM is how far they moved since its last report, for the log line that `reduce` makes every ten
-seconds, and how far since its start, for Prometheus: vLLM before 0.28 drops the statistics of steps
-without output (those in which a load is all that happens), and the next report makes up for that.
-The first three names of metrics are those of Dynamo's KVBM.
+The counters are in the segment, on a line for each process that is attached, so the scheduler side
+can read its own and those of all ranks. Other engines that share the instance count on other lines,
+and report for themselves. What it gives to vLLM is how far they moved since its last report, for
+the log line that `reduce` makes every ten seconds, and how far since its start, for Prometheus:
+vLLM before 0.28 drops the statistics of steps without output (those in which a load is all that
+happens), and the next report makes up for that. The first three names of metrics are those of
+Dynamo's KVBM.
 """
 
 import time
@@ -17,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from kvbm._fast.participants import engine_counters
 from kvbm._fast.segment import Segment
 
 if TYPE_CHECKING:
@@ -38,6 +41,16 @@ METRICS: dict[str, tuple[str, float, str]] = {
     "kvbm_onboard_seconds": ("load_ns", 1e-9, "Time spent copying from host to device."),
     "kvbm_offload_failures": ("stores_failed", 1.0, "Transfers to the host that failed."),
     "kvbm_onboard_failures": ("loads_failed", 1.0, "Transfers to the device that failed."),
+    "kvbm_offload_cancelled": (
+        "stores_cancelled",
+        1.0,
+        "Transfers to the host that were stopped: preemptions, resets.",
+    ),
+    "kvbm_onboard_cancelled": (
+        "loads_cancelled",
+        1.0,
+        "Transfers to the device that were stopped: aborted requests.",
+    ),
     "kvbm_skipped_no_slot": ("skipped_no_slot", 1.0, "Blocks not stored: nothing to evict."),
     "kvbm_skipped_no_operation": (
         "skipped_no_operation",
@@ -49,8 +62,16 @@ METRICS: dict[str, tuple[str, float, str]] = {
 """Metric: counter of the segment, factor, meaning."""
 
 
-MOVED, TOTAL = "moved", "total"
 WORKER_ERRORS = "worker_errors"
+SHOWN_IF_ANY = (
+    "stores_failed",
+    "loads_failed",
+    "stores_cancelled",
+    "loads_cancelled",
+    "errors",
+    WORKER_ERRORS,
+)
+MOVED, TOTAL = "moved", "total"
 
 
 class KvbmStats(KVConnectorStats):
@@ -100,19 +121,19 @@ class KvbmStats(KVConnectorStats):
         ):
             if data.get(ns_name):
                 shown[what] = round(data.get(bytes_name, 0) / data[ns_name], 2)
-        for name in ("stores_failed", "loads_failed", "errors", WORKER_ERRORS):
+        for name in SHOWN_IF_ANY:
             if data.get(name):
                 shown[name.replace("_", " ")] = data[name]
         return shown
 
 
 class StatsReader:
-    """Reads the counters of a segment as differences.
+    """Reads an engine's counters as differences.
 
     Parameters
     ----------
     segment : Segment
-        Attached.
+        Attached, with the engine's leader line, just claimed.
     repeat : bool
         Reports may get lost: say the totals again although nothing moved since.
     """
@@ -125,7 +146,7 @@ class StatsReader:
         self._at = 0.0
 
     def _counters(self) -> dict[str, int]:
-        counters = self._segment.counters()
+        counters = engine_counters(self._segment)
         return {name: counters[name] for name in self._names}
 
     def read(self, at_once: bool) -> KvbmStats | None:

@@ -159,14 +159,14 @@ def load_with_fault(driver: Driver, prompt: Tokens, other: Tokens, fault: str) -
 def cancelled_load(driver: Driver, prompt: Tokens) -> None:
     """The operations of a load are cancelled before they begin."""
     cached(driver, prompt)
-    failed = driver.counter("loads_failed")
+    cancelled = driver.counter("loads_cancelled")
     with driver.copies_held():
         driver.add("loaded", prompt)
         driver.step_until(lambda: driver.status("loaded") == "WAITING_FOR_REMOTE_KVS")
         for handle in driver.sequence("loaded").loads:
             driver.side.leader.table.cancel(handle)
     driver.finish()
-    driver.lives.facts["loads failed"] = driver.counter("loads_failed") - failed
+    driver.lives.facts["loads cancelled"] = driver.counter("loads_cancelled") - cancelled
 
 
 @driven

@@ -164,6 +164,8 @@ def test_a_cancelled_operation_that_nobody_began_has_failed_at_once(
     for rank, worker in enumerate(world.workers):
         assert not probe.claim(worker, handle, rank)
     assert world.table.collect(handle) is False
+    counters = world.made.creator.counters()
+    assert (counters["stores_cancelled"], counters["stores_failed"]) == (1, 0)
 
 
 def test_cancelling_waits_for_the_ranks_that_copy(probe: Any, pair: World) -> None:
@@ -175,6 +177,8 @@ def test_cancelling_waits_for_the_ranks_that_copy(probe: Any, pair: World) -> No
     assert not probe.claim(pair.workers[1], handle, 1)
     assert probe.end(pair.workers[0], handle, 0, True) == "ended"
     assert pair.table.collect(handle) is False
+    counters = pair.made.creator.counters()
+    assert (counters["stores_cancelled"], counters["stores_failed"]) == (1, 0)
 
 
 def test_cancelling_what_all_ranks_copy_leaves_the_result_to_them(probe: Any, pair: World) -> None:
@@ -247,9 +251,13 @@ def test_ends_are_counted_by_kind_and_result(probe: Any, world: World, kind: str
         (load,) = world.table.load(ref or 0, 0, [5, 6, 7], 2) or []
         run(probe, world, load, done)
         assert world.table.collect(load) is done
+    (load,) = world.table.load(ref or 0, 0, [5, 6, 7], 2) or []
+    world.table.cancel(load)
+    assert world.table.collect(load) is False
     world.table.unpin(ref or 0)
     counters = world.made.creator.counters()
     assert (counters["loads"], counters["blocks_loaded"], counters["loads_failed"]) == (1, 3, 1)
+    assert (counters["loads_cancelled"], counters["stores_cancelled"]) == (1, 0)
     assert counters[kind] == 1
 
 

@@ -15,6 +15,7 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.participants import (
     claim_leader,
     claim_worker,
+    engine_counters,
     find_leader,
     line_is_alive,
     participants,
@@ -22,9 +23,9 @@ from kvbm._fast.participants import (
     workers_attached,
 )
 from kvbm._fast.recovery import recover
-from kvbm._fast.segment import MAX_LEADERS, SegmentFault
+from kvbm._fast.segment import COUNTER_NAMES, MAX_LEADERS, SegmentFault
 from tests.fast.instances import Instance, digests
-from tests.fast.raw_segment import LEADERS, LINES, RANKS
+from tests.fast.raw_segment import COUNTERS_BYTES, LEADERS, LINES, RANKS, RawSegment
 
 Make = Callable[..., Instance]
 
@@ -281,3 +282,42 @@ def test_who_has_no_line_cannot_say_that_it_attached(make_instance: Make) -> Non
     made = make_instance(8)
     with pytest.raises(SegmentFault, match="has no line"):
         set_attached(made.attach())
+
+
+# ---- counters ------------------------------------------------------------------------------------
+def test_an_engine_counts_on_its_own_lines_alone(make_instance: Make) -> None:
+    made = make_instance(8, ranks=2)
+    with RawSegment(made.name, writable=True) as writer:
+        tables = [made.leader(engine_key=key) for key in (1, 2)]
+        worker = made.worker(leader=1, rank=1)
+        for table, number in zip(tables, (3, 50), strict=True):
+            table.count("errors", number)
+        for line, value in ((LEADERS + 1, 700), (LEADERS + RANKS, 9000), (LEADERS + RANKS + 1, 1)):
+            at = writer.at["counters"] + line * COUNTERS_BYTES
+            writer.put_u64(at + 8 * COUNTER_NAMES.index("errors"), value)
+    first, second = (engine_counters(table.segment) for table in tables)
+    assert (first["errors"], second["errors"]) == (703, 9051)
+    assert engine_counters(worker) == second
+    assert made.creator.counters()["errors"] == 703 + 9051
+    assert list(first) == list(COUNTER_NAMES)
+
+
+def test_what_the_dead_have_counted_stays_in_the_total(make_instance: Make) -> None:
+    made = make_instance(8)
+    made.exact = False
+    with another_process(made, "leader", 7, 3) as process:
+        counted = made.creator.counters()["reserved"]
+        assert counted > 0
+        kill(process)
+    assert recover(made.creator)
+    again = made.leader(engine_key=8)
+    assert again.segment.leader == 0
+    before = engine_counters(again.segment)["reserved"]
+    assert made.creator.counters()["reserved"] == before == counted
+    assert again.abandon_reserved([ref for ref, _ in again.reserve(Keys(digests(2)), 0, 2)])
+    assert engine_counters(again.segment)["reserved"] == counted + 2
+
+
+def test_without_a_line_there_is_no_engine_to_count_for(make_instance: Make) -> None:
+    with pytest.raises(SegmentFault, match="no line"):
+        engine_counters(make_instance(8).creator)

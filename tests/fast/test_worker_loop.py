@@ -223,6 +223,16 @@ def test_what_was_cancelled_can_be_overwritten_when_the_wait_is_over(rig: Rig) -
     assert rig.collected(handle) is False
 
 
+def test_what_no_thread_will_begin_fails_and_is_no_cancel(rig: Rig) -> None:
+    handle = rig.store(Keys(digests(3)), [1, 2, 3], 1)
+    rig.loop.fail(handle)
+    rig.loop.fail(handle)  # has ended: nothing happens
+    assert rig.loop.rank_ended(handle)
+    assert rig.collected(handle) is False
+    counters = rig.segment.counters()
+    assert (counters["stores_failed"], counters["stores_cancelled"]) == (1, 0)
+
+
 def test_a_scribbled_block_is_found_by_its_checksum(
     make_instance: Callable[..., Instance],
 ) -> None:
