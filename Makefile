@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Thin: what happens is in scripts/. KVBM_VENV=DIR puts the virtual environment elsewhere;
-# PYTEST_ARGS goes to pytest (make test-fast PYTEST_ARGS="-x -k segment").
+# PYTEST_ARGS goes to pytest (make test-fast PYTEST_ARGS="-x -k segment"). MINUTES and SEED
+# are those of the soak.
 
 PYTHON ?= python3
 VENV := $(or $(KVBM_VENV),.venv)
@@ -9,7 +10,7 @@ SETUP := $(PYTHON) scripts/setup_env.py
 PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm build demo test test-fast e2e test-versions stress bench lint
+.PHONY: help setup setup-vllm build demo test test-fast e2e test-versions stress soak bench lint
 .PHONY: tsan asan clean
 
 help:  ## this list
@@ -40,6 +41,9 @@ test-versions: setup  ## the tests against real vLLM on each minor version of it
 
 stress: setup  ## many processes on one segment, crashes, sanitized builds
 	@$(PYTEST) -m "stress and not gpu"
+
+soak: setup-vllm  ## real vLLM under random traffic and faults for half an hour, outputs compared
+	@$(RUN) -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
 
 bench: setup  ## the benchmarks; bench/README.md says what they measure
 	@$(PYTEST) bench -o python_files='bench_*.py' -o timeout=0 --benchmark-columns=min,median,ops
