@@ -194,7 +194,6 @@ BITS = {
     },
     "ring": {
         "generation": kv_entry_make(0xFFFFFFFF, 0, 0),
-        "kind": kv_entry_make(0, 3, 0),
         "operation": kv_entry_make(0, 0, 0xFF),
     },
 }

@@ -69,6 +69,14 @@ def opened(source: str | None, slot_headers: bool = False) -> Segment:
     return Segment(capture(resolve(source), slot_headers))
 
 
+def live_name(source: str | None) -> str:
+    """Name of a live instance; a file cannot be followed."""
+    name = resolve(source)
+    if name not in instances():
+        raise InspectError(f"{name} is a file; top and serve follow a live instance")
+    return name
+
+
 def tell_damage(segment: Segment) -> None:
     """Say on standard error what could not be decoded."""
     for problem in segment.damage:
@@ -193,6 +201,21 @@ def verify(source: str | None, as_json: bool, arenas: bool) -> int:
     count = len(verdict.violations)
     print_lines([f"{count} violations" if broken else "everything that was checked holds"])
     return int(broken)
+
+
+@command("top")
+@source_argument
+@click.option("--hertz", type=click.FloatRange(0.1, 30), default=10.0, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0), help="End after this time.")
+def top(source: str | None, hertz: float, seconds: float | None) -> None:
+    """Live view in the terminal: fill, hit rates, transfers, participants, shared prefixes.
+
+    Block states, pins and prefixes are those of the last sweep over the table, which takes a second
+    for each 40,000 blocks; everything else is of the moment.
+    """
+    from kvbm.inspect.top import run
+
+    run(live_name(source), hertz, seconds)
 
 
 # ---- lists ---------------------------------------------------------------------------------------

@@ -113,11 +113,12 @@ class Blocks:
     @functools.cached_property
     def parent_found(self) -> npt.NDArray[np.bool_]:
         """Whether the parent that a block names is in the table, with the generation it names."""
-        inside: Mask = self.parent_in_table
+        inside: Mask = self.parent_in_table.copy()
         if len(self) == 0:
             return inside
         named = self.generation[np.where(inside, self.parent, 0)]
-        return np.logical_and(inside, named == self.parent_generation)
+        inside &= named == self.parent_generation
+        return inside
 
     @functools.cached_property
     def registered_children(self) -> npt.NDArray[np.int64]:

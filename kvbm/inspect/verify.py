@@ -271,7 +271,7 @@ def check_operations(segment: Segment) -> Iterator[Violation]:
     wrong |= ended & (running | failed)
     wrong |= (state == 5) & (running | ~failed)  # failed
     wrong |= (state == 2) & (each == 0).any(axis=1)  # cancelled: nothing pending
-    kind: Mask = (records["kind"] == 0) | (records["kind"] > 2)
+    kind: Mask = (records["kind"] == 0) | (records["kind"] > max(contract.OPERATION_KINDS))
     kind |= records["row_count"] > contract.ROWS
     yield from listed("operations", wrong, lambda n: f"{_place(n)}: impossible word")
     yield from listed(
@@ -308,7 +308,7 @@ def check_rings(segment: Segment) -> Iterator[Violation]:
     outside &= waiting
     yield from listed(
         "rings",
-        outside.any(axis=1),
+        np.logical_or.reduce(outside, axis=1),
         lambda n: f"rank {n % ranks} of leader {n // ranks} waits for no operation",
     )
 

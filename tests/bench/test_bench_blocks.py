@@ -11,9 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.mark.parametrize("file", ["bench_blocks.py", "bench_match.py"])
+SMALL = "not (processes and 8) and not top"
+FILES = ["bench_blocks.py", "bench_inspect.py", "bench_match.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_the_benchmark_runs_on_a_small_table(file: str) -> None:
-    options = ["--benchmark-disable", "-p", "no:cacheprovider", "-k", "not (processes and 8)"]
+    options = ["--benchmark-disable", "-p", "no:cacheprovider", "-k", SMALL]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", f"bench/{file}", *options],
         cwd=ROOT,

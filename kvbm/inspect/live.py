@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A live segment that is looked at again and again: mapped for reading, decoded in small steps.
+
+What a look costs does not grow with the segment: counters, pools and operations are read whole, the
+block table is swept a piece a look. The map is the one of any participant, but read-only, and
+without a lock or a line.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm._fast import contract
+from kvbm._fast.contract import Section
+from kvbm._fast.segment import COUNTER_NAMES, Shape
+from kvbm.errors import InspectError
+from kvbm.inspect.capture import Locks
+from kvbm.inspect.decode import part, record_dtype, shape_of
+from kvbm.instance import SHARED_MEMORY, segment_name
+
+SWEEP_BLOCKS = 4096
+"""Blocks of the table that one look reads."""
+LOCKS_SECS = 1.0
+"""How often the kernel is asked who is alive."""
+WINDOWS = (1, 10, 60)
+"""Seconds over which rates are shown."""
+
+Counters = npt.NDArray[np.uint64]
+
+
+@dataclass
+class Sweep:
+    """What the sweep over the block table has found in its last whole turn, and finds in this one.
+
+    Attributes
+    ----------
+    states : list of int
+        Blocks by state.
+    held : int
+        Registered blocks that somebody holds.
+    pins : list of int
+        Blocks that each leader holds.
+    branching : list of tuple
+        The blocks with most children: children, block, position, tick.
+    """
+
+    states: list[int] = field(default_factory=lambda: [0] * 8)
+    held: int = 0
+    pins: list[int] = field(default_factory=lambda: [0] * contract.LEADERS)
+    branching: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+
+class LiveSegment:
+    """A mapped segment; close it, or use it as a context manager.
+
+    Parameters
+    ----------
+    instance : str
+        Name of the instance.
+
+    Raises
+    ------
+    InspectError
+        There is none, it belongs to another user, or this version cannot decode it.
+    """
+
+    def __init__(self, instance: str) -> None:
+        self.instance = instance
+        self.swept = Sweep()
+        self._found = Sweep()
+        self._at = 0
+        path = SHARED_MEMORY / segment_name(instance).lstrip("/")
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InspectError(f"{path}: {error.strerror}") from None
+        self._map: mmap.mmap | None = None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        size = os.fstat(self._fd).st_size
+        shape = shape_of(os.pread(self._fd, contract.PAGE_BYTES, 0))
+        sections = {} if shape is None else contract.sections(shape)
+        if shape is None or not sections or sections["end"].offset != size:
+            raise InspectError(f"{self.instance} cannot be followed: its header is damaged")
+        self._map = mmap.mmap(self._fd, size, access=mmap.ACCESS_READ)
+        self.shape: Shape = shape
+        self._sections = sections
+        self.header: Any = self._array("header")[0]
+        found = int(self.header["format_version"]), int(self.header["layout_check"])
+        if found != (contract.FORMAT_VERSION, contract.LAYOUT_CHECK):
+            raise InspectError(f"{self.instance} has another format: {found}")
+        self.participants = self._array("participants")
+        self._values: Counters = self._array("counters")["value"]
+        self._operations = self._array("operations")
+        self._rings = self._array("rings")
+        self._pools = {name: self._array(f"pool.{name}") for name in contract.POOLS.values()}
+        self._blocks = self._array("blocks")
+        self._cold = self._array("cold")
+        self._locks = Locks.of(self._fd)
+        self._locks_at = time.monotonic()
+
+    def _array(self, name: str) -> Any:
+        section: Section = self._sections[name]
+        assert self._map is not None
+        dtype = record_dtype(section.record)
+        if section.length == 0:
+            return np.zeros(0, dtype)
+        return np.frombuffer(self._map, dtype, section.length, section.offset)
+
+    def __enter__(self) -> LiveSegment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap; may be called twice."""
+        for name in ("header", "participants", "_values", "_operations", "_rings", "_pools"):
+            self.__dict__.pop(name, None)
+        self.__dict__.pop("_blocks", None)
+        self.__dict__.pop("_cold", None)
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the name still leads to this object: an engine may have made a new one."""
+        return os.fstat(self._fd).st_nlink > 0
+
+    # ---- looks -----------------------------------------------------------------------------------
+    def counters(self) -> dict[str, int]:
+        """Counters, summed over all lines."""
+        total = self._values.sum(axis=0)
+        return {name: int(total[i]) for i, name in enumerate(COUNTER_NAMES)}
+
+    def line_counters(self) -> Counters:
+        """Counters of each line: [line, counter]."""
+        return self._values.copy()
+
+    def pools(self) -> dict[str, tuple[int, int]]:
+        """Used and all records or slots of each pool that has any."""
+        sizes = {"blocks": self.shape.block_capacity, "host": self.shape.host_slots}
+        found = {}
+        for name, words in self._pools.items():
+            total = sizes.get(name, self.shape.disk_slots)
+            if total:
+                found[name] = (total - contract.free_count(words), total)
+        return found
+
+    def locks(self) -> Locks:
+        """Who is alive, as the kernel said within the last second."""
+        if time.monotonic() - self._locks_at >= LOCKS_SECS:
+            self._locks, self._locks_at = Locks.of(self._fd), time.monotonic()
+        return self._locks
+
+    def lines(self) -> list[int]:
+        """Participant lines that are marked as used."""
+        found: list[int] = np.flatnonzero(self.participants["role"]).tolist()
+        return found
+
+    def queued(self, leader: int, rank: int) -> int:
+        """Entries that a worker has not taken from its ring."""
+        ring = self._rings[leader * self.shape.ranks + rank]
+        return (int(ring["head"]) - int(ring["tail"])) & 0xFFFFFFFF
+
+    def in_flight(self) -> list[tuple[int, int, int, int, int]]:
+        """Operations of living leaders: leader, kind, state, rows, time of submission."""
+        found = []
+        size = contract.OPERATIONS_PER_LEADER
+        for leader in [line for line in self.lines() if line < contract.LEADERS]:
+            mine = self._operations[leader * size : (leader + 1) * size]
+            states = part(mine["word"], "operation", "state")
+            for place in np.flatnonzero(states):
+                one = mine[place]
+                facts = (int(one["kind"]), int(states[place]), int(one["row_count"]))
+                found.append((leader, *facts, int(one["submitted_ns"])))
+        return found
+
+    def sweep(self, count: int = SWEEP_BLOCKS) -> Sweep:
+        """Read the next piece of the block table; returns what the last whole turn has found."""
+        begin, end = self._at, min(self._at + count, len(self._blocks))
+        self._sweep_piece(self._blocks["word"][begin:end].copy(), begin)
+        self._at = end
+        if end == len(self._blocks):
+            self.swept, self._found, self._at = self._found, Sweep(), 0
+        return self.swept
+
+    def _sweep_piece(self, words: Counters, begin: int) -> None:
+        found = self._found
+        states = part(words, "block", "state")
+        counts = np.bincount(states, minlength=8)
+        found.states = [a + int(b) for a, b in zip(found.states, counts, strict=True)]
+        holders = part(words, "block", "holders")
+        if holders.any():
+            found.held += int(((holders != 0) & (states == 2)).sum())
+            for leader in range(contract.LEADERS):
+                found.pins[leader] += int((holders >> leader & 1).sum())
+        children = part(words, "block", "children")
+        least = max(2, found.branching[-1][0]) if len(found.branching) >= 5 else 2
+        places = np.flatnonzero((children >= least) & (states == 2))
+        if len(places) == 0:
+            return
+        for place in places[np.argsort(-children[places], kind="stable")][:5].tolist():
+            block = begin + place
+            position = int(self._cold["position"][block])
+            tick = int(part(self._blocks["recency"][block], "recency", "tick"))
+            found.branching.append((int(children[place]), block, position, tick))
+        found.branching = sorted(found.branching, reverse=True)[:5]
+
+    def digest(self, block: int) -> str:
+        """Digest of a block, hexadecimal."""
+        record = self._blocks[block]
+        low, high = int(record["digest_lo"]), int(record["digest_hi"])
+        return low.to_bytes(8, "little").hex() + high.to_bytes(8, "little").hex()
+
+
+class Rates:
+    """How fast counters move, over the last 1, 10 and 60 seconds.
+
+    Parameters
+    ----------
+    every : float
+        Least time between two samples that are kept, in seconds.
+    """
+
+    def __init__(self, every: float = 0.5) -> None:
+        self._every = every
+        self._samples: deque[tuple[float, dict[str, int]]] = deque()
+
+    def add(self, now: float, counters: dict[str, int]) -> None:
+        """Note the counters of a moment of the monotonic clock."""
+        if self._samples and now - self._samples[-1][0] < self._every:
+            return
+        self._samples.append((now, counters))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOWS[-1]:
+            self._samples.popleft()
+
+    def moved(self, seconds: float) -> tuple[float, dict[str, int]]:
+        """Time between the last sample and the one so many seconds before, and the differences."""
+        if len(self._samples) < 2:
+            return 0.0, dict.fromkeys(COUNTER_NAMES, 0)
+        now, last = self._samples[-1]
+        then, first = self._samples[0]
+        for at, counters in reversed(self._samples):
+            if at < now:
+                then, first = at, counters
+            if now - at >= seconds:
+                break
+        return now - then, {name: value - first[name] for name, value in last.items()}
+
+    def share(self, seconds: float, part_name: str, whole: str) -> float | None:
+        """How much of one counter's movement another one made; None if it did not move."""
+        _, moved = self.moved(seconds)
+        return moved[part_name] / moved[whole] if moved[whole] > 0 else None
+
+    def per_second(self, seconds: float, name: str) -> float:
+        """Movement of a counter a second."""
+        elapsed, moved = self.moved(seconds)
+        return moved[name] / elapsed if elapsed > 0 else 0.0

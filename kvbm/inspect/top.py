@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`top`: the live view in a terminal.
+
+By curses, which is there where Python is, and which sends to the terminal only what has changed.
+"""
+
+from __future__ import annotations
+
+import curses
+import time
+from typing import Any
+
+from kvbm.errors import InspectError
+from kvbm.inspect.live import LiveSegment, Rates
+from kvbm.inspect.top_view import screen
+
+ENDS = (ord("q"), ord("Q"), 27)
+
+
+def run(instance: str, hertz: float, seconds: float | None) -> None:
+    """Show an instance until somebody ends it.
+
+    Parameters
+    ----------
+    instance : str
+        Name of a live instance.
+    hertz : float
+        Pictures a second.
+    seconds : float, optional
+        End after this time.
+    """
+    try:
+        curses.wrapper(_loop, instance, 1 / hertz, seconds)
+    except curses.error as error:
+        raise InspectError(f"top needs a terminal: {error}") from None
+    except KeyboardInterrupt:
+        return
+
+
+def _loop(window: Any, instance: str, period: float, seconds: float | None) -> None:
+    try:
+        curses.curs_set(0)
+    except curses.error:  # a terminal that cannot hide its cursor
+        pass
+    end = None if seconds is None else time.monotonic() + seconds
+    shown: list[str] = []
+    paused = False
+    live, rates = LiveSegment(instance), Rates()
+    try:
+        while end is None or time.monotonic() < end:
+            began = time.monotonic()
+            if not live.is_current:
+                live.close()
+                live, rates = LiveSegment(instance), Rates()
+            rates.add(began, live.counters())
+            if not paused:
+                shown = _draw(window, screen(live, rates), shown)
+            window.timeout(max(0, int(1000 * (period - (time.monotonic() - began)))))
+            key = window.getch()
+            if key in ENDS:
+                return
+            if key == ord(" "):
+                paused = not paused
+            elif key == curses.KEY_RESIZE:
+                shown = []
+                window.clear()
+    finally:
+        live.close()
+
+
+def _draw(window: Any, lines: list[str], shown: list[str]) -> list[str]:
+    """Write the lines that differ from those that are shown."""
+    height, width = window.getmaxyx()
+    lines = [line[: width - 1] for line in lines[:height]]
+    for row in range(max(len(lines), min(len(shown), height))):
+        line = lines[row] if row < len(lines) else ""
+        if row >= len(shown) or shown[row] != line:
+            window.addstr(row, 0, line)
+            window.clrtoeol()
+    window.refresh()
+    return lines

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`top` in a terminal: it draws, a key ends it, and without a terminal it says so."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.inspect.conftest import Inspect
+from tests.inspect.samples import Sample
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEADLINE_S = 30.0
+
+
+def test_a_terminal_shows_the_screen_until_q(sample: Sample) -> None:
+    terminal, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    environment |= {"LINES": "40", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvbm.inspect", "top", sample.name],
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    )
+    os.close(theirs)
+    shown = b""
+    end = time.monotonic() + DEADLINE_S
+    try:
+        while b"continuations" not in shown and time.monotonic() < end:
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 65536)
+        os.write(terminal, b" q")
+        _, problem = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    assert process.returncode == 0, problem
+    for text in (sample.name, "operations in flight: 1", "worker 0.1", "23/64"):
+        assert text.encode() in shown
+
+
+def test_a_file_or_no_terminal_is_one_line(sample: Sample, snapshot_file: Path) -> None:
+    command = [sys.executable, "-m", "kvbm.inspect", "top"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "no-such-terminal"}
+    done = subprocess.run(
+        [*command, sample.name], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "top needs a terminal" in done.stderr
+
+
+def test_a_snapshot_cannot_be_followed(snapshot_file: Path, inspect: Inspect) -> None:
+    result = inspect("top", snapshot_file)
+    assert result.exit_code == 2
+    assert "is a file; top and serve follow a live instance" in result.stderr

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lines of `top`."""
+
+from __future__ import annotations
+
+import re
+
+from kvbm._fast.keys import Keys
+from kvbm.inspect.live import LiveSegment, Rates
+from kvbm.inspect.top_view import gigabytes, screen
+from tests.fast.instances import cache, digests
+from tests.inspect.samples import Sample
+
+LINES = """\
+kvbm NAME  age AGE  (q ends, space stops the picture)
+
+blocks   ███████████████████····················· NN/64 NN.N %
+host     ███████████████████····················· NN/64 NN.N %
+states   reset 34 partial 3 registered 27 evicting 0 held 1
+
+1 s 10 s 60 s
+hit rate of blocks - - -
+look-ups a second 0.0 0.0 0.0
+blocks stored a second 0.0 0.0 0.0
+blocks loaded a second 0.0 0.0 0.0
+blocks evicted a second 0.0 0.0 0.0
+stores skipped a second 0.0 0.0 0.0
+
+stored 0.00 MB/s 0.00 MB/s 0.00 MB/s
+loaded 0.00 MB/s 0.00 MB/s 0.00 MB/s
+operations in flight: 1
+store submitted 3 blocks leader 0 AGE
+
+participant pid alive pins queued
+leader 0 PID yes 4
+worker 0.0 PID yes 1
+worker 0.1 PID yes 1
+
+prefixes that most others begin with
+d863fc5301d33d68 6 blocks long, 2 continuations"""
+
+
+def test_the_screen_shows_everything_once(sample: Sample) -> None:
+    cache(sample.table, Keys(digests(7, "more")))
+    with LiveSegment(sample.name) as live:
+        live.sweep()
+        found = screen(live, Rates())
+    pid = live.instance.split("-")[1]
+    text = "\n".join(re.sub(r" +", " ", line).strip() for line in found)
+    text = text.replace(f"kvbm {sample.name}", "kvbm NAME").replace(f" {pid} ", " PID ")
+    text = re.sub(r"\d+ (ms|s|min)(?=  ?\(q|$| \(q)", "AGE", text, flags=re.MULTILINE)
+    wanted = re.sub(r" +", " ", LINES).replace("NN/64 NN.N %", "30/64 46.9 %")
+    text = text.replace("1 s 10 s AGE", "1 s 10 s 60 s")
+    assert text == wanted
+
+
+def test_the_rates_are_those_of_the_counters(sample: Sample) -> None:
+    rates = Rates(every=0)
+    with LiveSegment(sample.name) as live:
+        rates.add(100.0, live.counters())
+        keys = Keys(digests(5, "held"))
+        for _ in range(30):
+            _, ref = sample.table.match(keys, 0, 5)
+            assert ref is not None
+            sample.table.unpin(ref)
+        rates.add(110.0, live.counters())
+        text = "\n".join(screen(live, rates))
+    assert re.search(r"hit rate of blocks +100.0 % +100.0 % +100.0 %", text)
+    assert re.search(r"look-ups a second +3.0 +3.0 +3.0", text)
+
+
+def test_rates_of_bytes_have_a_unit_that_fits() -> None:
+    assert gigabytes(2.5e9) == "2.50 GB/s"
+    assert gigabytes(1.5e6) == "1.50 MB/s"
