@@ -48,6 +48,7 @@ class KvConnectorWorker:
         self._vllm_config = vllm_config
         self._worker: Worker | None = None
         self._load_errors: set[int] = set()
+        self._sent: set[str] = set()
         self._surprises = self._told = 0
 
     def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
@@ -100,11 +101,15 @@ class KvConnectorWorker:
 
         With one KV-cache group a failed load is told by its device blocks (`take_load_errors`), so
         that the blocks before the first missing one are used; with several, as a whole.
+
+        The worker tells each once, and the engine keeps device blocks until it is told: what has
+        been heard when something fails here is told the next time.
         """
         if self._worker is None:
             return set(), set(), set()
-        sent = self._worker.ended_stores()
+        self._sent |= self._worker.ended_stores()
         received = self._worker.ended_loads()
+        sent, self._sent = self._sent, set()
         missing = {request: blocks for request, blocks in received.items() if blocks}
         if self._groups > 1:
             return sent, set(received), set(missing)

@@ -25,6 +25,7 @@ from tests.soak.pool import Known
 from tests.soak.usage import Usage, engine_usage
 
 MOST_OPEN = 24  # requests at a time; more than the engine runs
+STUCK_S = 60.0  # without any request that ends; an idle machine takes a thousandth
 MOST_STEPS = 8  # that a fault or a pause of the copy thread lasts
 WRONG_MAX = 10  # outputs told in full
 # How often something happens, a step.
@@ -65,6 +66,7 @@ class Traffic:
         self._wanted = MOST_OPEN // 2
         self._number = 0
         self._windows: dict[str, tuple[int, ExitStack]] = {}
+        self._progress_at = time.monotonic()
 
     def run(self, seconds: float) -> Round:
         """Step for so long, then come to rest."""
@@ -120,6 +122,7 @@ class Traffic:
     def _step(self) -> None:
         self.driver.step()
         self._count("steps")
+        self._look_for_progress()
         for name, output in self.driver.lives.outputs.items():
             self._compare(name, output)
         self.driver.lives.outputs.clear()
@@ -128,6 +131,15 @@ class Traffic:
                 self._close(name)
             else:
                 self._windows[name] = (steps - 1, self._windows[name][1])
+
+    def _look_for_progress(self) -> None:
+        now = time.monotonic()
+        if self.driver.lives.outputs or not self.driver.open:
+            self._progress_at = now
+        if now - self._progress_at > STUCK_S:
+            requests = self.driver.scheduler.requests
+            states = {name: request.status.name for name, request in requests.items()}
+            raise AssertionError(f"no request has ended for {STUCK_S} s: {states}")
 
     def _compare(self, name: str, output: tuple[int, ...]) -> None:
         known = self._sent.pop(name)
