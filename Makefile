@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm build demo test test-fast e2e test-versions stress soak bench lint
-.PHONY: tsan asan clean
+.PHONY: test-vllm-units tsan asan clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ e2e: setup-vllm  ## the tests against real vLLM
 
 test-versions: setup  ## the tests against real vLLM on each minor version of it; resumable
 	@$(RUN) scripts/vllm_versions.py $(VERSIONS)
+
+test-vllm-units: setup-vllm  ## vLLM's own connector tests with kvbm's; downloads them once
+	@$(RUN) scripts/vllm_unit_tests.py -- $(PYTEST_ARGS)
 
 stress: setup  ## many processes on one segment, crashes, sanitized builds
 	@$(PYTEST) -m "stress and not gpu"

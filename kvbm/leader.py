@@ -18,7 +18,7 @@ there for a bounded time): operations that are still running are looked at again
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
@@ -205,7 +205,12 @@ class Leader:
                 group.stored, group.parent = start + count, group.matched
         return True
 
-    def loads_ended(self, request_ids: Iterable[str], not_loaded: Iterable[int] = ()) -> None:
+    def loads_ended(
+        self,
+        request_ids: Iterable[str],
+        not_loaded: Iterable[int] = (),
+        failed: Collection[str] = (),
+    ) -> None:
         """All workers have reported these requests' loads as ended.
 
         Parameters
@@ -215,6 +220,8 @@ class Leader:
         not_loaded : iterable of int
             Device blocks that some worker could not fill, of these requests or of such whose other
             workers have not reported yet.
+        failed : collection of str
+            Those of the requests that the engine takes for not loaded at all.
         """
         self._not_loaded.update(not_loaded)
         for request_id in request_ids:
@@ -222,7 +229,7 @@ class Leader:
             if sequence is None:
                 continue
             try:
-                self._load_ended(sequence)
+                self._load_ended(sequence, request_id in failed)
             except Exception:  # the other requests' loads have ended all the same
                 logger.exception("request %s: noting the end of its load failed", request_id)
                 self.table.count("errors", 1)
@@ -233,14 +240,14 @@ class Leader:
         if not self._loading:
             self._not_loaded.clear()
 
-    def _load_ended(self, sequence: TrackedSequence) -> None:
+    def _load_ended(self, sequence: TrackedSequence, failed: bool = False) -> None:
         results = [self._collect(handle) for handle in sequence.loads]
         running = [h for h, r in zip(sequence.loads, results, strict=True) if r is None]
         self._uncollected += running
         sequence.loads = []
         sequence.loading = False
         submitted = not sequence.load_failed
-        if not submitted or not all(results):
+        if failed or not submitted or not all(results):
             sequence.load_failed = True
             sequence.look_again()  # what was loaded is unknown
         if submitted and not sequence.cancelled:

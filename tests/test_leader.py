@@ -192,6 +192,21 @@ def test_blocks_are_left_out_when_the_engine_fails_the_request_not_when_it_was_a
     assert engine.leader.match(third, 0, 3) == (1 if failed else 3)
 
 
+def test_a_load_that_the_engine_takes_for_failed_is_not_tried_again(
+    engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.store("first", [1, 2])
+    sequence = engine.load("second", [10, 11])
+    note_ended = engine.leader.loads_ended
+    monkeypatch.setattr(
+        engine.leader, "loads_ended", lambda ids, blocks: note_ended(ids, blocks, ids)
+    )
+    engine.run_until(lambda: "second" in engine.received)
+    assert not engine.missing
+    assert engine.leader.match(sequence, 0, 2) == 0
+    assert engine.leader.match(engine.track("third", 2), 0, 2) == 2
+
+
 def test_damage_in_one_rank_fails_the_load_in_all(make_engine: MakeEngine) -> None:
     engine = make_engine(ranks=2, verify_host=True)
     engine.store("first", [1, 2, 3])

@@ -7,7 +7,7 @@ connector has those of all versions.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -84,3 +84,8 @@ def hash_block_tokens(
 def not_loaded(output: "KVConnectorOutput") -> Iterable[int]:
     """Device blocks that a worker has reported as not loaded."""
     return output.invalid_block_ids or ()
+
+
+def failed_loads(output: "KVConnectorOutput") -> Collection[str]:
+    """0.30: requests that a worker has reported as not loaded at all."""
+    return getattr(output, "failed_recving", None) or ()

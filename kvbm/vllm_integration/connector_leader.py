@@ -297,7 +297,9 @@ class KvConnectorLeader:
 
     def worker_output(self, output: "KVConnectorOutput") -> None:
         """What all workers have reported."""
-        self.leader.loads_ended(output.finished_recving or (), compat.not_loaded(output))
+        self.leader.loads_ended(
+            output.finished_recving or (), compat.not_loaded(output), compat.failed_loads(output)
+        )
         if output.finished_sending:
             self.leader.collect()
 
