@@ -8,8 +8,8 @@
  * which two processes that map the segment at different addresses need.
  *
  * A build with KVBM_DEBUG counts every store to shared memory (kv_shared_store). A test sets the
- * countdown and the process ends at exactly that store, so that a crash between any two shared
- * stores can be visited.
+ * countdown and the process ends at exactly that store, or stops there until it is continued, so
+ * that a crash or a stop between any two shared stores can be visited.
  */
 #ifndef KVBM_ATOMICS_H
 #define KVBM_ATOMICS_H
@@ -27,15 +27,21 @@ _Static_assert(__atomic_always_lock_free(4, 0),
                "32-bit atomics must be lock-free across processes");
 
 #ifdef KVBM_DEBUG
+#include <signal.h>
 #include <unistd.h>
 /* One counter for all extension modules of a process: crash tests load them with RTLD_GLOBAL. */
 __attribute__((weak, visibility("default"))) uint64_t kv_crash_countdown = 0;
+__attribute__((weak, visibility("default"))) uint64_t kv_crash_is_a_stop = 0;
 __attribute__((weak, visibility("default"))) uint64_t kv_shared_store_count = 0;
 static inline void kv_shared_store(void) {
     __atomic_fetch_add(&kv_shared_store_count, 1, __ATOMIC_RELAXED);
     if (__atomic_load_n(&kv_crash_countdown, __ATOMIC_RELAXED) != 0 &&
-        __atomic_fetch_sub(&kv_crash_countdown, 1, __ATOMIC_RELAXED) == 1)
-        _exit(86);
+        __atomic_fetch_sub(&kv_crash_countdown, 1, __ATOMIC_RELAXED) == 1) {
+        if (kv_crash_is_a_stop)
+            raise(SIGSTOP); /* to this thread: it goes no further, and the others stop with it */
+        else
+            _exit(86);
+    }
 }
 #else
 static inline void kv_shared_store(void) {}

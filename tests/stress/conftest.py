@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stress tests have found, said in one place at the end of the run."""
+"""The debug build, and what the stress tests have found, said at the end of the run."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SUMMARY = pytest.StashKey[list[str]]()
 
 
@@ -34,3 +40,27 @@ def summary(request: pytest.FixtureRequest) -> list[str]:
 def scale() -> float:
     """How much longer than in `make test` everything runs: KVBM_STRESS_SECONDS over 8."""
     return float(os.environ.get("KVBM_STRESS_SECONDS", "8")) / 8
+
+
+@pytest.fixture(scope="session")
+def on_debug_build() -> Callable[..., dict[str, int]]:
+    """Run a module's program with the build that has crash points; the summary that it prints."""
+    environment = {**os.environ, "KVBM_DEBUG": "1"}
+    build = [sys.executable, "setup.py", "-q", "build"]
+    built = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    library = ROOT / "build" / "debug" / "lib"
+
+    def run(module: str, *arguments: str) -> dict[str, int]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", module, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(library), str(ROOT)])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found: dict[str, int] = json.loads(done.stdout)
+        return found
+
+    return run

@@ -17,9 +17,11 @@ from multiprocessing.connection import Connection, wait
 
 import pytest
 
+from kvbm._fast.keys import Keys
 from kvbm._fast.recovery import recover
-from tests.fast.instances import Instance, instance
-from tests.stress.traffic import Payloads, run
+from tests.fast.instances import Instance, digests, instance
+from tests.fast.raw_segment import BLOCKS, HOST, REGISTERED, RESET
+from tests.stress.traffic import Payloads, recover_timed, run
 
 SECONDS = float(os.environ.get("KVBM_STRESS_SECONDS", "8"))
 SEED = int(os.environ.get("KVBM_STRESS_SEED", "1"))
@@ -103,26 +105,80 @@ def small() -> Iterator[Instance]:
         one.remove()
 
 
+def left_after(small: Instance) -> dict[str, int]:
+    """What the last recovery leaves that is not as it must be, by kind."""
+    blocks = small.raw.blocks()
+    named = {block.placements[0].slot for block in blocks if block.state != RESET}
+    used = {index for index, block in enumerate(blocks) if block.state != RESET}
+    slots, records = set(range(len(blocks))) - named, set(range(len(blocks))) - used
+    return {
+        "holds left": sum(len(block.holders) for block in blocks),
+        "half done": sum(block.state not in (RESET, REGISTERED) for block in blocks),
+        "slots leaked": len(slots ^ small.raw.free(HOST)),
+        "records leaked": len(records ^ small.raw.free(BLOCKS)),
+    }
+
+
+class Keeper:
+    """A leader that nobody kills: it holds a chain from the beginning to the end."""
+
+    def __init__(self, small: Instance) -> None:
+        self.table = small.leader(engine_key=9)
+        self.payloads = Payloads(small.name, 200)
+        self.hashes = digests(8, "kept")
+        self.refs = []
+        for (ref, slot), digest in zip(
+            self.table.reserve(Keys(self.hashes), 0, 8), self.hashes, strict=True
+        ):
+            self.payloads.write(slot, digest)
+            self.refs.append(ref)
+        assert self.table.publish(self.refs) == 8
+
+    def lost(self) -> int:
+        """How many of its blocks are not registered any more."""
+        return sum(not self.table.is_current(ref) for ref in self.refs)
+
+    def wrong(self) -> int:
+        """How many of its blocks hold other bytes."""
+        slots = self.table.slots_of(self.refs[-1], 8)
+        pairs = zip(slots, self.hashes, strict=True)
+        return sum(self.payloads.read(slot) != digest[:16] for slot, digest in pairs)
+
+    def close(self) -> None:
+        for ref in self.refs:
+            self.table.unpin(ref)
+        self.payloads.close()
+        self.table.segment.close()
+
+
 def test_killed_leaders_leave_no_wrong_block_no_lost_slot_and_no_pin(
-    small: Instance, capsys: pytest.CaptureFixture[str]
+    small: Instance, summary: list[str]
 ) -> None:
-    herd = Herd(small.name, SECONDS)
+    keeper, herd = Keeper(small), Herd(small.name, SECONDS)
     try:
         herd.run()
     finally:
         herd.stop()
-    began = time.monotonic()
+    done = herd.done
+    recover_timed(small.creator, done)
     recover(small.creator, rebuild=True)
-    took = time.monotonic() - began
+    done["lost"] += keeper.lost()
+    done["wrong"] += keeper.wrong()
+    keeper.close()
+    left = left_after(small)
+    summary.append(
+        f"kill -9: {sum(done[k] for k in ('match', 'store', 'give_up'))} operations, "
+        f"{done['read']} blocks read, {done['stored']} stored, {herd.kills} kills, "
+        f"{done['wrong']} wrong blocks, {done['lost']} registered blocks lost, "
+        + ", ".join(f"{count} {kind}" for kind, count in left.items())
+        + f"; {done['recoveries']} recoveries, "
+        f"{done['recovery_us'] / 1e3 / max(1, done['recoveries']):.2f} ms each; seed {SEED}"
+    )
+    assert done["wrong"] == done["lost"] == 0
+    assert not any(left.values()), left
     small.raw.check_invariants()
     small.raw.check_idle()
-    with capsys.disabled():
-        print(
-            f"\nstress: {sum(herd.done[k] for k in ('match', 'store', 'give_up'))} operations, "
-            f"{herd.done['read']} blocks read, {herd.done['stored']} stored, {herd.kills} kills, "
-            f"{herd.done['wrong']} wrong blocks; last recovery {took * 1e3:.1f} ms; seed {SEED}"
-        )
     assert herd.kills > 0
-    assert herd.done["stored"] > 0
-    assert herd.done["read"] > 0
-    assert herd.done["wrong"] == 0
+    assert done["recoveries"] > 0
+    assert done["stored"] > 0
+    assert done["read"] > 0

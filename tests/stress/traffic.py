@@ -75,7 +75,7 @@ class Traffic:
     choose
         Source of all decisions.
     done
-        Operations done, by kind; `wrong` counts wrong blocks.
+        Operations done, by kind; `wrong` counts wrong blocks, `lost` held ones that went away.
     """
 
     table: OperationTable
@@ -99,6 +99,7 @@ class Traffic:
         for position, slot in enumerate(self.table.slots_of(ref, count)):
             self.done["read"] += 1
             self.done["wrong"] += self.payloads.read(slot) != hashes[position][:PAYLOAD_BYTES]
+        self.done["lost"] += not self.table.is_current(ref)
         self.table.unpin(ref)
 
     def reserve(self, keys: Keys) -> tuple[list[tuple[int, int]], int, int | None]:
@@ -144,9 +145,10 @@ def run(name: str, seed: int, seconds: float, report: Callable[[Counter[str]], N
     `report` is called about ten times a second with what has been done since the last call, so that
     little is lost when the process is killed.
     """
-    segment = attach(name)
+    done: Counter[str] = Counter()
+    segment = attach(name, done)
     payloads = Payloads(name, segment.shape.host_slots)
-    traffic = Traffic(OperationTable(segment), payloads, random.Random(seed))
+    traffic = Traffic(OperationTable(segment), payloads, random.Random(seed), done)
     end = time.monotonic() + seconds
     reported = time.monotonic()
     while time.monotonic() < end:
@@ -155,18 +157,26 @@ def run(name: str, seed: int, seconds: float, report: Callable[[Counter[str]], N
             reported = time.monotonic()
             report(traffic.done)
             traffic.done.clear()
-            recover(segment)
+            recover_timed(segment, traffic.done)
     report(traffic.done)
     payloads.close()
     segment.close()
 
 
-def attach(name: str) -> Segment:
+def recover_timed(segment: Segment, done: Counter[str]) -> None:
+    """Recover; if somebody was dead, count it and how long it took."""
+    began = time.monotonic_ns()
+    if recover(segment):
+        done["recoveries"] += 1
+        done["recovery_us"] += (time.monotonic_ns() - began) // 1000
+
+
+def attach(name: str, done: Counter[str]) -> Segment:
     """Attach and claim a leader line; recovers first, so that lines of the dead can be claimed."""
     deadline = time.monotonic() + 30
     while True:
         segment = Segment.attach(name)
-        recover(segment)
+        recover_timed(segment, done)
         try:
             claim_leader(segment, os.getpid())
             return segment
