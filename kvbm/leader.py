@@ -24,6 +24,7 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import participants, workers_attached
 from kvbm._fast.recovery import recover
+from kvbm.late_stores import LateStores
 from kvbm.load_failures import LoadFailures
 from kvbm.sequences import GroupBlocks, TrackedSequence
 from kvbm.step import LoadOrder, StepMetadata
@@ -77,6 +78,7 @@ class Leader:
         self._loading: dict[str, TrackedSequence] = {}
         self._storing: dict[TrackedSequence, None] = {}
         self._held: dict[TrackedSequence, None] = {}
+        self._late = LateStores(table)
         self._uncollected: list[int] = []
         self._not_loaded: set[int] = set()
         self._attached = False
@@ -87,7 +89,7 @@ class Leader:
     @property
     def holds_device_blocks(self) -> bool:
         """Whether device blocks of finished requests become free when transfers end."""
-        return bool(self._held) or any(s.finished for s in self._loading.values())
+        return bool(self._held or self._late) or any(s.finished for s in self._loading.values())
 
     # ---- sequences -------------------------------------------------------------------------------
     def track(self, request_id: str, keys: Sequence[Keys]) -> TrackedSequence:
@@ -375,6 +377,8 @@ class Leader:
         built, self._next = self._next, StepMetadata(step=self._next.step + 1)
         try:
             self.collect()
+            for late in self._late.retry(lambda s, upto: self._store(s, upto, built.step - 1)):
+                self._hold(late, built)
             self._drop_old_matches(built.step)
             self._look_for_the_dead()
         except Exception:
@@ -417,11 +421,16 @@ class Leader:
                 self.table.cancel(handle)
             self._stop_stores(sequence)  # of an earlier admission
             return False
-        if not sequence.stores:
-            return False
-        self._held[sequence] = None
-        self._next.held[request_id] = list(sequence.stores)
-        return True
+        late = self._late.waits(sequence, computed_blocks)
+        if sequence.stores and not late:
+            self._hold(sequence, self._next)
+        return late or bool(sequence.stores)
+
+    def _hold(self, sequence: TrackedSequence, metadata: StepMetadata) -> None:
+        """Have the workers report a finished request once its stores have ended."""
+        if sequence.stores:
+            self._held[sequence] = None
+        metadata.held[sequence.request_id] = list(sequence.stores)
 
     def reset(self) -> int:
         """Make all cached content unreachable; returns the number of blocks given back.
@@ -435,6 +444,7 @@ class Leader:
             sequence.stale |= sequence.loading or any(g.device_blocks for g in sequence.groups)
         for sequence in list(self._storing):
             self._stop_stores(sequence)
+        self._late.give_up()
         self.failures.forget()
         deadline = time.monotonic() + RESET_SECS
         self.collect()
@@ -492,3 +502,4 @@ class Leader:
         self._uncollected = []
         for group in (self.sequences, self._matching, self._loading, self._storing, self._held):
             group.clear()
+        self._late.clear()

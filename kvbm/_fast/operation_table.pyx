@@ -331,4 +331,4 @@ cdef class OperationTable(BlockTable):
         for i in range(KV_OPERATIONS_PER_LEADER):
             op = kv_operation_at(self.view, self.view.leader, i)
             count += kv_op_state(kv_u64_load_acquire(&op.word)) == 0
-        return count
+        return min(count, rings_room(self.view))

@@ -232,7 +232,7 @@ class Traffic:
             "device blocks in use": in_use,
             "blocks held": len(leader.table.held()),
             "requests tracked": len(leader.sequences) + len(driver.side._known),
-            "stores and loads": len(leader._storing) + len(leader._loading),
+            "stores and loads": len(leader._storing) + len(leader._loading) + len(leader._late),
             "operations": len(leader._uncollected),
         }
         self.round.usage = engine_usage()
