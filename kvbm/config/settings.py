@@ -184,18 +184,18 @@ class Settings(BaseModel):
     )
 
     # Metrics, events, records
-    cache_stats_max_requests: Count = _unsupported(
+    cache_stats_max_requests: Count = _supported(
         "DYN_KVBM_CACHE_STATS_MAX_REQUESTS",
         1000,
         "Requests in the sliding window of the hit rates.",
     )
-    cache_stats_log_interval_secs: Seconds = _unsupported(
+    cache_stats_log_interval_secs: Seconds = _supported(
         "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS",
         5,
         "Least time between two log lines of hit rates.",
     )
-    metrics: Truthy = _unsupported("DYN_KVBM_METRICS", False, "Serve Prometheus metrics.")
-    metrics_port: Port = _unsupported("DYN_KVBM_METRICS_PORT", 6880, "Port of the metrics.")
+    metrics: Truthy = _supported("DYN_KVBM_METRICS", False, "Serve Prometheus metrics.")
+    metrics_port: Port = _supported("DYN_KVBM_METRICS_PORT", 6880, "Port of the metrics.")
     enable_record: Truthy = _unsupported(
         "DYN_KVBM_ENABLE_RECORD", False, "Record the leader's calls."
     )

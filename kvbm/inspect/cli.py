@@ -73,7 +73,7 @@ def live_name(source: str | None) -> str:
     """Name of a live instance; a file cannot be followed."""
     name = resolve(source)
     if name not in instances():
-        raise InspectError(f"{name} is a file; top and serve follow a live instance")
+        raise InspectError(f"{name} is a file; top follows a live instance")
     return name
 
 

@@ -29,6 +29,8 @@ from kvbm.hashing import (
 )
 from kvbm.instance import engine_key, is_private, remove, remove_dead_private_instances
 from kvbm.leader import Leader
+from kvbm.metrics.cache_stats import CacheStats
+from kvbm.metrics.exporter import start_exporter
 from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
@@ -75,6 +77,8 @@ class KnownRequest:
         How often it was preempted.
     settled : int
         Blocks before this one need no look any more; -1 if that is not known.
+    asked, loaded : int
+        Blocks that the last look-up was about, and that were loaded after it.
     """
 
     request: "Request"
@@ -83,6 +87,8 @@ class KnownRequest:
     multimodal: int
     preemptions: int
     settled: int = -1
+    asked: int = 0
+    loaded: int = 0
 
 
 class KvConnectorLeader:
@@ -131,6 +137,16 @@ class KvConnectorLeader:
         if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
             self.leader.wait_for_workers(WARM_START_SECS)  # so that the first request finds it
         self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
+        self._hits = CacheStats(
+            self.engine_id,
+            self.settings.cache_stats_max_requests,
+            self.settings.cache_stats_log_interval_secs,
+        )
+        self._exporter = (
+            start_exporter(self.instance, self.settings.metrics_port, self._hits.rates)
+            if self.settings.metrics
+            else None
+        )
         close_at_exit(self, self.close)
 
     def _priorities_allow_stores(self) -> bool:
@@ -254,7 +270,9 @@ class KvConnectorLeader:
         stop = (request.num_tokens - 1) // self.block_tokens
         if stop <= start:
             return 0
-        return self.leader.match(self._sequence(request), start, stop) * self.block_tokens
+        sequence = self._sequence(request)
+        self._known[request.request_id].asked = stop - start
+        return self.leader.match(sequence, start, stop) * self.block_tokens
 
     def allocated(
         self, request: "Request", block_ids: Sequence[Sequence[int]], external_tokens: int
@@ -271,6 +289,7 @@ class KvConnectorLeader:
             sequence.set_device_blocks(block_ids)
             if blocks > 0:
                 self.leader.load(sequence, blocks)
+                self._known[request.request_id].loaded = blocks
             else:
                 self.leader.drop_match(sequence)
         except Exception:
@@ -285,7 +304,9 @@ class KvConnectorLeader:
         try:
             if request_id not in self.leader.sequences:
                 return False
-            self._sequence(request)  # its last tokens
+            sequence = self._sequence(request)  # with its last tokens
+            known = self._known[request_id]
+            self._hits.record(0 if sequence.load_failed else known.loaded, 0, known.asked)
             computed = request.num_computed_tokens // self.block_tokens if self._stores else 0
             failed = request.status.name == "FINISHED_ERROR"
             return self.leader.finish(request_id, computed, load_failed=failed)
@@ -404,6 +425,8 @@ class KvConnectorLeader:
     def close(self) -> None:
         """Return everything and detach; may be called twice."""
         if self.leader is not None:
+            if self._exporter is not None:
+                self._exporter.close()
             self.leader.close()
             close_and_remove(self.segment, self.instance)
             if is_private(self.instance):

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's own metrics: what is scraped is what its requests did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.leaks import wait_until
+from tests.metrics.scrape import free_port, scrape, value
+
+pytestmark = pytest.mark.slow  # importing vLLM takes many seconds
+
+BLOCK = 16
+PROMPT = list(range(3, 3 + 4 * BLOCK + 5))  # four blocks and a bit
+BLOCKS = [1, 2, 3, 4, 5]
+OTHERS = [11, 12, 13, 14, 15]
+
+
+def test_a_scrape_shows_what_the_requests_did(connect: Any) -> None:
+    port = free_port()
+    engine = connect(metrics=True, metrics_port=port)
+    first = engine.request("first", PROMPT)
+    assert engine.matched(first) == 0
+    engine.cache(first, BLOCKS, 10)
+    assert wait_until(lambda: engine.step() or engine.side.segment.counters()["published"] == 4)
+    second = engine.request("second", PROMPT)
+    assert engine.load(second, OTHERS) == 4 * BLOCK
+    for request, blocks in ((first, BLOCKS), (second, OTHERS)):
+        engine.scheduler.request_finished(request, blocks)
+    found = scrape(port)
+    assert value(found, "kvbm_offload_blocks_d2h") == 4
+    assert value(found, "kvbm_onboard_blocks_h2d") == 4
+    assert value(found, "kvbm_matched_tokens") == 4 * BLOCK
+    assert value(found, "kvbm_host_cache_hit_rate") == 0.5  # none of four, then four of four
+    assert value(found, "kvbm_disk_cache_hit_rate") == 0.0
+
+
+def test_without_the_setting_nothing_is_served(connect: Any) -> None:
+    assert connect().side._exporter is None
+
+
+def test_a_port_in_use_does_not_stop_the_second_engine(connect: Any) -> None:
+    port = free_port()
+    first = connect(metrics=True, metrics_port=port)
+    second = connect(metrics=True, metrics_port=port)
+    assert second.side._exporter is None
+    assert second.matched(second.request("a", PROMPT)) == 0
+    assert value(scrape(port), "kvbm_up", instance=first.side.instance) == 1
