@@ -90,6 +90,15 @@ class KvbmStats(KVConnectorStats):
         """Statistics with these numbers."""
         return cls(data={MOVED: moved, TOTAL: total})
 
+    def __getitem__(self, name: str) -> Any:
+        """Return `data` for "data": a MultiConnector before 0.30 takes all statistics for messages.
+
+        They are these objects if engine and front end are one process.
+        """
+        if name != "data":
+            raise KeyError(name)
+        return self.data
+
     def is_empty(self) -> bool:
         """Return whether there is nothing to report."""
         return not any(any(numbers.values()) for numbers in self.data.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PdConnector` under real vLLM: the cache works beside a transfer that holds every request.
+"""`PdConnector` and vLLM's own `MultiConnector`: the cache beside a transfer that holds requests.
 
 The transfer is a stand-in: the real one needs NIXL and a second engine.
 """
@@ -24,16 +24,26 @@ TRANSFER = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["one process", "processes"])
+CHILDREN = {"connectors": [dict(KVBM_TRANSFER_CONFIG), TRANSFER]}
+PD = KVBM_TRANSFER_CONFIG | {"kv_connector": "PdConnector", "kv_connector_extra_config": CHILDREN}
+MULTI = {
+    "kv_connector": "MultiConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": CHILDREN,
+}
+ENGINES = {
+    "PdConnector in one process": (PD, False),
+    "PdConnector in processes": (PD, True),
+    "MultiConnector in processes": (MULTI, True),
+}
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
 def run(request: pytest.FixtureRequest, lab: Lab) -> RunResult:
     """An engine with both connectors."""
-    config = dict(KVBM_TRANSFER_CONFIG)
-    config |= {
-        "kv_connector": "PdConnector",
-        "kv_connector_extra_config": {"connectors": [dict(KVBM_TRANSFER_CONFIG), TRANSFER]},
-    }
+    config, processes = ENGINES[request.param]
     settings = replace(
-        lab.with_kvbm(worker_processes=request.param),
+        lab.with_kvbm(worker_processes=processes),
         kv_transfer_config=config,
         extra_arguments={"disable_hybrid_kv_cache_manager": True},
     )
@@ -53,3 +63,9 @@ def test_the_cache_provides_what_was_computed_before(run: RunResult) -> None:
     for name in ("chat", "from host"):
         assert cached_tokens(run[name]) >= 0.9 * reusable_tokens(run[name])
     assert run["from host"].external_hit_tokens > 0
+
+
+def test_metrics_are_those_of_the_cache(run: RunResult) -> None:
+    counters = run["from host"].kvbm_counters
+    assert counters["kvbm_matched_tokens"] == run["from host"].external_hit_tokens > 0
+    assert counters["kvbm_errors"] == 0

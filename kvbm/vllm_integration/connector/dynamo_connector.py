@@ -19,9 +19,11 @@ log and a count (`guarded`).
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -288,3 +290,9 @@ class DynamoConnector(KVConnectorBase_V1):
         for side in (self._leader, self._worker):
             if side is not None:
                 side.close()
+
+
+# A MultiConnector rebuilds its children's statistics in the front end. It finds them in vLLM's
+# registry, by the name of the class, and not by the module path that the user gave.
+with suppress(ValueError):  # the name is registered
+    KVConnectorFactory.register_connector("DynamoConnector", __name__, "DynamoConnector")

@@ -18,9 +18,8 @@ Everything but the question for hits is vLLM's own `MultiConnector`, whatever th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, supports_hma
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
     MultiConnector,
@@ -34,7 +33,6 @@ from kvbm.vllm_integration.engine import apply_load_failure_policy
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
-    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -155,22 +153,3 @@ class PdConnector(MultiConnector):
                 f"PdConnector: the handshake is a {type(metadata).__name__}; needed is {HANDSHAKE}"
             )
         return metadata
-
-    # ---- any process ---------------------------------------------------------------------------
-    @classmethod
-    def build_kv_connector_stats(
-        cls, data: dict[str, Any] | None = None
-    ) -> KVConnectorStats | None:
-        """Statistics of both, from what the engine's process has sent.
-
-        vLLM looks the children up in its registry by class name, which has no connector that was
-        loaded by its module path.
-        """
-        name = CACHE_CONNECTORS[0]
-        if data and name in data:
-            try:
-                KVConnectorFactory.get_connector_class_by_name(name)
-            except ValueError:
-                module = "kvbm.vllm_integration.connector"
-                KVConnectorFactory.register_connector(name, module, name)
-        return super().build_kv_connector_stats(data)

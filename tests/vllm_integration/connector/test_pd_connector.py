@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvbm.errors import ConfigError
@@ -22,6 +24,10 @@ CACHE = {
     "kv_connector": "LMCacheConnectorV1",
     "kv_role": "kv_both",
     "kv_connector_module_path": STAND_INS,
+}
+KVBM = CACHE | {
+    "kv_connector": "DynamoConnector",
+    "kv_connector_module_path": "kvbm.vllm_integration.connector",
 }
 TRANSFER = CACHE | {"kv_connector": "NixlConnector"}
 
@@ -79,7 +85,7 @@ def test_the_hybrid_manager_is_refused_with_what_to_pass() -> None:
 
 def test_only_the_cache_is_asked_for_hits() -> None:
     both = connector(CACHE, TRANSFER)
-    cache, transfer = both.sub_connectors
+    cache, transfer = both._connectors
     transfer.answer = (64, True)
     assert both.get_num_new_matched_tokens(REQUEST, 16) == (0, False)
     cache.answer = (32, True)
@@ -90,7 +96,7 @@ def test_only_the_cache_is_asked_for_hits() -> None:
 
 def test_only_the_cache_is_told_to_load() -> None:
     both = connector(CACHE, TRANSFER)
-    cache, transfer = both.sub_connectors
+    cache, transfer = both._connectors
     cache.answer = (32, True)
     both.get_num_new_matched_tokens(REQUEST, 0)
     both.update_state_after_alloc(REQUEST, BLOCKS, 32)
@@ -100,7 +106,7 @@ def test_only_the_cache_is_told_to_load() -> None:
 
 def test_a_hit_that_is_gone_when_asked_again_is_forgotten() -> None:
     both = connector(CACHE, TRANSFER)
-    cache, _ = both.sub_connectors
+    cache, _ = both._connectors
     for answer in ((32, True), (None, False), (0, False)):
         cache.answer = answer
         assert both.get_num_new_matched_tokens(REQUEST, 0) == answer
@@ -115,33 +121,33 @@ def test_each_child_gets_its_own_message() -> None:
     message = scheduler.build_connector_meta(SimpleNamespace())
     assert type(message).__name__ == "PdConnectorMetadata"
     worker.bind_connector_metadata(message)
-    assert [child.calls for child in worker.sub_connectors] == [
+    assert [child.calls for child in worker._connectors] == [
         [("bind", "LMCacheConnectorV1")],
         [("bind", "NixlConnector")],
     ]
     assert worker.has_connector_metadata()
     worker.clear_connector_metadata()
-    assert not any(child.has_connector_metadata() for child in worker.sub_connectors)
+    assert not any(child.has_connector_metadata() for child in worker._connectors)
 
 
 def test_a_request_is_finished_when_both_have_let_go() -> None:
     scheduler = connector(CACHE, TRANSFER)
     worker = connector(CACHE, TRANSFER, role="WORKER")
-    scheduler.sub_connectors[0].hold = worker.sub_connectors[0].hold = True
-    scheduler.sub_connectors[0].request_finished = lambda *_: (True, None)
+    scheduler._connectors[0].hold = worker._connectors[0].hold = True
+    scheduler._connectors[0].request_finished = lambda *_: (True, None)
     held, parameters = scheduler.request_finished(REQUEST, [1])
     assert held
     assert parameters == {"remote_engine_id": "engine"}
     worker.bind_connector_metadata(scheduler.build_connector_meta(SimpleNamespace()))
-    worker.sub_connectors[1].hold = False
+    worker._connectors[1].hold = False
     assert worker.get_finished({"r"})[0] is None
-    worker.sub_connectors[0].hold, worker.sub_connectors[1].hold = False, True
+    worker._connectors[0].hold, worker._connectors[1].hold = False, True
     assert worker.get_finished({"r"})[0] == {"r"}
 
 
 def test_the_handshake_is_that_of_the_transfer_and_goes_to_both() -> None:
     worker = connector(CACHE, TRANSFER, role="WORKER")
-    cache, transfer = worker.sub_connectors
+    cache, transfer = worker._connectors
     cache.get_handshake_metadata = lambda: "something"
     metadata = worker.get_handshake_metadata()
     assert metadata.text == "here"
@@ -154,15 +160,30 @@ def test_the_handshake_is_that_of_the_transfer_and_goes_to_both() -> None:
     assert cache.calls == transfer.calls == [("handshake", {0: metadata})]
 
 
-def test_statistics_of_a_child_that_vllm_does_not_know_by_name_are_rebuilt() -> None:
-    from kvbm.vllm_integration.connector import DynamoConnector, PdConnector
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ["PdConnector", "MultiConnector"])
+def test_statistics_of_the_cache_reach_the_front_end(name: str, processes: int) -> None:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+    from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 
-    sent = DynamoConnector.build_kv_connector_stats()
-    if sent is None:
-        pytest.skip("the connector has no statistics on this version")
-    rebuilt = PdConnector.build_kv_connector_stats({"DynamoConnector": sent.data})
-    assert rebuilt is not None
-    assert type(rebuilt.data["DynamoConnector"]) is type(sent)
+    from kvbm.vllm_integration.connector import PdConnector
+    from kvbm.vllm_integration.stats import KvbmStats
+
+    counted = KvbmStats.of({"blocks_stored": 3}, {"blocks_stored": 5})
+    stats = multi_connector.MultiKVConnectorStats(data={"DynamoConnector": counted})
+    sent = stats.to_dict() if hasattr(stats, "to_dict") else stats.data
+    if processes == 2:
+        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(sent))
+
+    kind = {"PdConnector": PdConnector, "MultiConnector": multi_connector.MultiConnector}[name]
+    rebuilt = kind.build_kv_connector_stats(sent)
+    assert rebuilt.reduce()["DynamoConnector"]["blocks stored"] == 3
+
+    registry = CollectorRegistry()
+    types = {t: functools.partial(t, registry=registry) for t in (Counter, Gauge, Histogram)}
+    metrics = kind.build_prom_metrics(vllm_config(KVBM, TRANSFER), types, ["engine"], {0: ["0"]})
+    metrics.observe(sent)
+    assert registry.get_sample_value("kvbm_offload_blocks_d2h_total", {"engine": "0"}) == 5
 
 
 @pytest.mark.parametrize(("given", "policy"), [(None, "recompute"), ("fail", "fail")])
