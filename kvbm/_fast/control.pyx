@@ -269,7 +269,9 @@ def identify(BlockTable table not None, ref: int, Keys keys not None, index: int
     For callers that reserve memory before they know what will be in it: such a block is reserved
     under a random digest, which nobody looks for. Its owner is the only one who writes it while it
     is PARTIAL, and it cannot be matched before it is published, so a reader that meets the change
-    half done sees a digest that is nobody's.
+    half done sees a digest that is nobody's. Once it has its name, stores of others find it and
+    name it as the parent of their blocks, so a reservation is named once: again only with the same
+    digest.
 
     Parameters
     ----------

@@ -27,9 +27,11 @@ class Hold:
         Whether the block is to stay cached when it goes back.
     returned : bool
         Whether it went back already, at a forced close.
+    named : bytes or None
+        Digest under which others may have found it while it was being registered.
     """
 
-    __slots__ = ("__weakref__", "pool", "ref", "registered", "returned", "slot")
+    __slots__ = ("__weakref__", "named", "pool", "ref", "registered", "returned", "slot")
 
     def __init__(self, pool: Owner, ref: int, slot: int, registered: bool) -> None:
         self.pool = pool
@@ -37,6 +39,7 @@ class Hold:
         self.slot = slot
         self.registered = registered
         self.returned = False
+        self.named: bytes | None = None
         pool.track(self)
 
     def __del__(self) -> None:

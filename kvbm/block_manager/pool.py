@@ -245,7 +245,12 @@ class BlockPool:
             self._learn(content)
             block.release()
             return self._registered(ref, content)
+        if hold.named not in (None, content.digest):
+            # Another leader may have stored a child below it when it had the other name.
+            state = "given another name by a registration that failed"
+            raise BlockStateError(block.block_id, state, "a newly allocated one")
         parent = self._hold_parent(block, content)
+        hold.named = content.digest
         try:
             done = self._settled(
                 lambda: identify(self._table, hold.ref, keys, 0, parent, block.priority)

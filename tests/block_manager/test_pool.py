@@ -186,6 +186,27 @@ def test_a_block_of_another_pool_is_refused(make_pool: MakePool) -> None:
         ours.register_blocks([block])
 
 
+def test_a_block_whose_registration_failed_is_not_registered_under_another_name(
+    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have stored a child below the first name meanwhile."""
+    first, second = blocks_of(1)[0], blocks_of(1, seed=7)[0]
+    (block,) = pool.allocate_blocks(1)
+    block.apply_token_block(first)
+    settled, calls = pool._settled, iter((True, False))
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_settled", lambda attempt: next(calls) and settled(attempt))
+        with pytest.raises(BlockStateError, match="not publishable"):
+            pool.register_blocks([block])
+    block.reset()
+    block.apply_token_block(second)
+    with pytest.raises(BlockStateError, match="given another name"):
+        pool.register_blocks([block])
+    block.reset()
+    block.apply_token_block(first)
+    assert pool.register_blocks([block]) == [block]
+
+
 def test_a_child_needs_its_parent(pool: BlockPool) -> None:
     contents = blocks_of(2)
     (block,) = pool.allocate_blocks(1)

@@ -18,10 +18,13 @@ from tests.model.blocks import (
     block_reserve,
     clear_holder,
     give_back,
+    index_delete,
+    index_insert,
     pool_give_back,
     pool_take,
     structure_enter,
     structure_exit,
+    write_digest,
 )
 from tests.model.cells import (
     COMPLETE,
@@ -56,6 +59,7 @@ from tests.model.table import chain_slots, match, reserve_chain
 
 Chain = tuple[str, ...]
 ROOT = Parent(0, 0)
+NOBODYS = "?"  # stands for a random digest
 
 
 # ---- block table ---------------------------------------------------------------------------------
@@ -194,6 +198,43 @@ def pool_user(p: Process, rounds: int) -> Actions:
         slot = yield from pool_take(p, p.segment.free_slots)
         if slot is not None:
             yield from pool_give_back(p, p.segment.free_slots, slot)
+
+
+def identify(p: Process, block: int, digest: str) -> Answer:
+    """Give a reservation another digest: kvbm/_fast/control.pyx."""
+    inside = yield from structure_enter(p)
+    if not inside:
+        return False
+    old = yield load(p.segment.digest[block][0], "old digest")
+    yield from index_delete(p, old, block)
+    yield from write_digest(p, block, digest)
+    yield store(p.segment.parent[block], ROOT, "parent")
+    done = yield from index_insert(p, digest, block)
+    yield from structure_exit(p)
+    return done
+
+
+def late_namer(p: Process, digests: Chain) -> Actions:
+    """Reserve a block under a digest that nobody looks for, fill it, name it, publish it.
+
+    Where the rule is broken it is named more than once, as if a first publication had failed.
+    """
+    inside = yield from structure_enter(p)
+    if not inside:
+        return
+    found = yield from reserve_chain(p, (NOBODYS,), ())
+    yield from structure_exit(p)
+    if not found:
+        return
+    names = digests[:1] if p.rules.identified_once else digests
+    for rank in range(p.segment.sizes.ranks):
+        yield from copy_in(p, found[0].slot, rank, names[-1])
+    for i in range(len(names)):
+        named = yield from identify(p, found[0].block, names[i])
+        if not named:
+            yield from abandoner(p, found)
+            return
+    yield from publish_all(p, found)
 
 
 # ---- operations ----------------------------------------------------------------------------------

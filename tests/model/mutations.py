@@ -99,6 +99,12 @@ MUTATIONS = [
         "wrong bytes: X were read for A",
     ),
     Mutation(
+        "identified_once",
+        "a reservation is named a second time, with another digest",
+        "named late",
+        "I1: block",
+    ),
+    Mutation(
         "second_look",
         "a summary bit is cleared without a second look",
         "pool",

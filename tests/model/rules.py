@@ -37,6 +37,8 @@ class Rules:
     pin_expects_generation : bool
         A pin requires the generation under which the look-up verified the digest (not needed when
         `pin_compares`; false in the protocol).
+    identified_once : bool
+        A reservation gets the identity that it is published under once (`control.identify`).
     rows_checked : bool
         A worker checks state and generation of each row's block before and after the copy.
     second_look : bool
@@ -88,6 +90,7 @@ class Rules:
     reset_before_give_back: bool = True
     pin_compares: bool = True
     pin_expects_generation: bool = False
+    identified_once: bool = True
     rows_checked: bool = True
     second_look: bool = True
     ring_has_room: bool = True

@@ -167,6 +167,23 @@ def reuse_scenarios() -> Iterable[Scenario]:
     )
 
 
+def late_name_scenarios() -> Iterable[Scenario]:
+    """Blocks that are reserved before anybody knows what will be in them."""
+    yield Scenario(
+        "named late",
+        "a block gets its digest after its memory; others read it and store a child below it",
+        Sizes(blocks=2, slots=2, leaders=4, entries=3, digest_words=2),
+        (),
+        (
+            part("namer", actors.late_namer, ("A", "X"), leader=0, crashes=True),
+            part("child", actors.storer, AB, leader=1),
+            part("reader", actors.reader, A, leader=2),
+            survivor(3),
+        ),
+        crashes=1,
+    )
+
+
 def operation_scenarios() -> Iterable[Scenario]:
     """Claim, end, cancel, collect; rings."""
     two_ranks = Sizes(blocks=1, slots=1, leaders=2, ranks=2, entries=1)
@@ -415,6 +432,7 @@ def scenarios() -> list[Scenario]:
         *publish_scenarios(),
         *duplicate_scenarios(),
         *reuse_scenarios(),
+        *late_name_scenarios(),
         *operation_scenarios(),
         *recovery_scenarios(),
         *worker_scenarios(),
