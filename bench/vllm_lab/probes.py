@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a `Call` phase asks of an engine that has everything in one process."""
 
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,3 +44,17 @@ def abort_after_steps(llm: Any, prompts: Sequence[Prompt], steps: int) -> int:
     finished = sum(bool(output.finished) for _ in range(steps) for output in engine.step())
     engine.abort_request(names)
     return len(names) - finished
+
+
+def scrape(llm: Any, port: int) -> dict[str, float]:
+    """Metrics that the engine serves on a port of its own: those without labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.labels
+    }

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from bench.vllm_lab.probes import abort_after_steps, blocks_in_use
+from bench.vllm_lab.probes import abort_after_steps, blocks_in_use, scrape
 from bench.vllm_lab.results import RunResult
 from bench.vllm_lab.workload import Call, Chat, Replay, ResetPrefixCache
 from tests.e2e.lab import (
@@ -20,6 +20,7 @@ from tests.e2e.lab import (
     requests_with_generated_tokens_reused,
     reusable_tokens,
 )
+from tests.metrics.scrape import free_port
 
 # At the first step loads are submitted, in the next ones they run, then prompts are computed.
 ABORT_AFTER_STEPS = (1, 2, 3, 8)
@@ -31,8 +32,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def run(lab: Lab) -> RunResult:
     """One engine whose host tier holds everything."""
+    port = free_port()
     return lab.run(
-        lab.with_kvbm(),
+        lab.with_kvbm({"DYN_KVBM_METRICS": "1", "DYN_KVBM_METRICS_PORT": str(port)}),
         Chat("chat", TRAFFIC),
         Replay("again", "chat", latest_first=True),
         Call("in use", blocks_in_use),
@@ -40,6 +42,7 @@ def run(lab: Lab) -> RunResult:
         Replay("after reset", "chat"),
         ResetPrefixCache("device reset", connector=False),
         Replay("from host", "chat"),
+        Call("metrics", scrape, (port,)),
         *(
             Call(f"abort after {steps}", abort_after_steps, (lab.last_prompts()[:4], steps))
             for steps in ABORT_AFTER_STEPS
@@ -63,6 +66,16 @@ def test_blocks_come_back_from_the_host(run: RunResult) -> None:
     for name in WHOLE:
         assert run[name].tier_hit_tokens()["host"] == run[name].external_hit_tokens > 0
         assert run[name].kvbm_counters["kvbm_matched_tokens"] == run[name].external_hit_tokens
+
+
+def test_the_metrics_are_what_the_requests_and_vllm_counted(run: RunResult) -> None:
+    found = run["metrics"].value
+    phases = [run[name] for name in WHOLE]
+    for name in ("kvbm_matched_tokens", "kvbm_offload_blocks_d2h", "kvbm_onboard_blocks_h2d"):
+        assert found[name] == sum(phase.kvbm_counters[name] for phase in phases) > 0, name
+    assert found["kvbm_matched_tokens"] == sum(phase.external_hit_tokens for phase in phases)
+    assert 0.2 < found["kvbm_host_cache_hit_rate"] <= 1
+    assert found["kvbm_disk_cache_hit_rate"] == 0
 
 
 def test_almost_all_that_was_computed_before_is_reused(run: RunResult) -> None:
