@@ -147,16 +147,17 @@ def block_colours(segment: Segment, what: str) -> tuple[npt.NDArray[np.int64], d
         now = segment.capture.monotonic_ns or int(blocks.registered_ns.max(initial=0))
         age = (now - blocks.registered_ns) / 1e9
         texts = ("< 10 s", "< 60 s", "< 10 min", "older")
-        return np.searchsorted(AGE_LIMITS, age, side="right"), dict(
-            zip(texts, AGE_COLOURS, strict=True)
-        )
+        numbers = np.searchsorted(AGE_LIMITS, age, side="right")
+        found = dict(zip(texts, AGE_COLOURS, strict=True))
+        found["being filled"] = STATE_COLOURS["partial"]  # it has no age yet
+        return np.where(blocks.of_state("partial"), len(texts), numbers), found
     if what == "owner":
         first = np.zeros(len(blocks), np.int64)
         for leader in reversed(range(contract.LEADERS)):
             first = np.where(blocks.holders >> leader & 1, leader + 1, first)
-        found = {"held by nobody": "#b8b8b8"}
-        found |= {f"leader {n}": PALETTE[n] for n in range(contract.LEADERS)}
-        return first, found
+        owners = {"held by nobody": "#b8b8b8"}
+        owners |= {f"leader {n}": PALETTE[n] for n in range(contract.LEADERS)}
+        return first, owners
     groups = np.unique(blocks.group[blocks.state != 0])[: len(PALETTE)]
     numbers = np.clip(np.searchsorted(groups, blocks.group), 0, max(0, len(groups) - 1))
     return numbers, {f"group {n}": PALETTE[i] for i, n in enumerate(groups)}

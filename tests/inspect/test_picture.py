@@ -40,6 +40,7 @@ def test_age_owner_and_group_colour_the_same_cells(segment: Segment) -> None:
     by_age = colours(picture.draw_tiers(segment, "age"))
     assert by_age[picture.AGE_COLOURS[0]] == 10
     assert by_age[picture.AGE_COLOURS[1]] == 10
+    assert by_age[picture.STATE_COLOURS["partial"]] == 3
     by_owner = colours(picture.draw_tiers(segment, "owner"))
     assert by_owner[picture.PALETTE[0]] == 4
     by_group = colours(picture.draw_tiers(segment, "group"))
