@@ -27,6 +27,7 @@ The tree::
         ResetError
         UnsupportedCacheLevel (ValueError)
       TransferError
+      SlabError
       LeaderTimeout (TimeoutError)
       TraceError (ValueError)
       InspectError
@@ -52,6 +53,7 @@ __all__ = [
     "SegmentExists",
     "SegmentInUse",
     "SegmentNotFound",
+    "SlabError",
     "TokenBlockError",
     "TooManyLeaders",
     "TraceError",
@@ -328,6 +330,26 @@ class TransferError(KvbmError):
     Raised by transfer backends and by the synchronous Python API. In an engine it ends as blocks
     reported with load errors, which the engine recomputes.
     """
+
+
+class SlabError(KvbmError):
+    """The file of a disk tier cannot be made or used.
+
+    Attributes
+    ----------
+    where : str
+        The file, or its folder.
+    reason : str
+        Why, and what to change.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"disk tier: {self.where} cannot be used: {self.reason}"
 
 
 class LeaderTimeout(KvbmError, TimeoutError):

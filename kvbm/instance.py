@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names and life of what an instance has in shared memory.
 
-An *instance* is one cache: a segment `/kvbm-<instance>` and one arena a rank and tier,
-`/kvbm-<instance>.host.<rank>`. An instance named by `DYN_KVBM_INSTANCE` outlives its users. Without
-the variable the instance is private to one engine: the last user out removes it, and what a killed
-engine left is removed by the next start. In both cases the question "is anybody using it" is
-answered by the kernel: each user holds a shared lock on each object that it has open, so whoever
-gets the exclusive lock is alone.
+An *instance* is one cache: a segment `/kvbm-<instance>`, one arena a rank,
+`/kvbm-<instance>.host.<rank>`, and with a disk tier its segment, `/kvbm-<instance>.disk`. An
+instance named by `DYN_KVBM_INSTANCE` outlives its users. Without the variable the instance is
+private to one engine: the last user out removes it, and what a killed engine left is removed by the
+next start. In both cases the question "is anybody using it" is answered by the kernel: each user
+holds a shared lock on each object that it has open, so whoever gets the exclusive lock is alone.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "kvbm-"
 PRIVATE = re.compile(r"p-[0-9a-f]{16}")
-_ARENA_SUFFIX = re.compile(r"\.(?:host|disk)\.\d+$")
+_OBJECT_SUFFIX = re.compile(r"\.(?:host\.\d+|disk)$")
 
 
 def engine_key(engine_id: str) -> int:
@@ -55,11 +55,16 @@ def arena_name(instance: str, rank: int) -> str:
     return f"/{PREFIX}{instance}.host.{rank}"
 
 
+def disk_instance(instance: str) -> str:
+    """Name under which an instance's disk tier has its segment."""
+    return f"{instance}.disk"
+
+
 def instances() -> dict[str, list[str]]:
     """Instances that have objects on this host, with the names of their objects."""
     found: dict[str, list[str]] = {}
     for path in sorted(SHARED_MEMORY.glob(f"{PREFIX}*")):
-        instance = _ARENA_SUFFIX.sub("", path.name.removeprefix(PREFIX))
+        instance = _OBJECT_SUFFIX.sub("", path.name.removeprefix(PREFIX))
         found.setdefault(instance, []).append(f"/{path.name}")
     return found
 

@@ -22,20 +22,14 @@ from collections.abc import Collection, Iterable, Sequence
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
-from kvbm._fast.participants import participants, workers_attached
-from kvbm._fast.recovery import recover
+from kvbm.disk_tier import DiskTier
 from kvbm.late_stores import LateStores
+from kvbm.liveness import Liveness
 from kvbm.load_failures import LoadFailures
 from kvbm.sequences import GroupBlocks, TrackedSequence
 from kvbm.step import LoadOrder, StepMetadata
 
 logger = logging.getLogger(__name__)
-
-LIVENESS_SECS = 1.0
-"""How often a leader looks for dead participants."""
-
-LIVENESS_MAX_SECS = 60.0
-"""How often, at least, while a dead participant cannot be cleaned up yet."""
 
 MATCH_STEPS = 64
 """Steps after which a match that was not loaded is let go; most engines ask again in each step."""
@@ -56,6 +50,8 @@ class Leader:
         This leader's handle on the segment.
     block_tokens : int
         Tokens in a block.
+    disk : DiskTier, optional
+        What brings blocks to and from disk.
 
     Attributes
     ----------
@@ -63,16 +59,19 @@ class Leader:
         Requests that the engine has not finished.
     failures : LoadFailures
         Which blocks are avoided, and whether loading pauses.
-    workers_lost : bool
-        A worker of this engine died; the cache is off.
+    liveness : Liveness
+        Whether the workers can copy.
     """
 
-    def __init__(self, table: OperationTable, block_tokens: int) -> None:
+    def __init__(
+        self, table: OperationTable, block_tokens: int, disk: DiskTier | None = None
+    ) -> None:
         self.table = table
+        self.disk = disk
         self.block_tokens = block_tokens
         self.sequences: dict[str, TrackedSequence] = {}
         self.failures = LoadFailures()
-        self.workers_lost = False
+        self.liveness = Liveness(table)
         self._next = StepMetadata(step=1)
         self._matching: dict[TrackedSequence, None] = {}
         self._loading: dict[str, TrackedSequence] = {}
@@ -81,10 +80,7 @@ class Leader:
         self._late = LateStores(table)
         self._uncollected: list[int] = []
         self._not_loaded: set[int] = set()
-        self._attached = False
         self._reported = False
-        self._look_at = time.monotonic() + LIVENESS_SECS
-        self._look_every = LIVENESS_SECS
 
     @property
     def holds_device_blocks(self) -> bool:
@@ -99,6 +95,22 @@ class Leader:
         self.sequences[request_id] = sequence
         return sequence
 
+    def look_up(self, sequence: TrackedSequence, start: int, stop: int) -> int | None:
+        """`match`; None while more is on its way from disk: ask again in the next step."""
+        if self.disk is not None and self.disk.is_promoting(sequence):
+            return None
+        count = self.match(sequence, start, stop)
+        if self.disk is not None and self._may_match(sequence):
+            if self.disk.promote(sequence, start + count, stop):
+                self.drop_match(sequence)
+                return None
+        return count
+
+    def _may_match(self, sequence: TrackedSequence) -> bool:
+        if sequence.finished or sequence.loading or sequence.load_failed:
+            return False
+        return self.liveness.workers_ready() and self.failures.loads_allowed()
+
     def match(self, sequence: TrackedSequence, start: int, stop: int) -> int:
         """Longest run of cached blocks from block `start` on, held until it is loaded or dropped.
 
@@ -111,9 +123,7 @@ class Leader:
             Blocks, at most `stop - start`; with several groups, what all of them have.
         """
         self.drop_match(sequence)
-        if sequence.finished or sequence.loading or sequence.load_failed:
-            return 0
-        if not self._workers_ready() or not self.failures.loads_allowed():
+        if not self._may_match(sequence):
             return 0
         for number, group in enumerate(sequence.groups):
             stop = self.failures.limit(number, group.keys, start, stop)
@@ -291,7 +301,7 @@ class Leader:
         self._store(sequence, upto, self._next.step, priority)
 
     def _store(self, sequence: TrackedSequence, upto: int, step: int, priority: int = 0) -> None:
-        if sequence.loading or sequence.stale or not self._workers_ready():
+        if sequence.loading or sequence.stale or not self.liveness.workers_ready():
             return
         for group in sequence.groups:
             if group.stored > len(group.keys):  # the engine took tokens back
@@ -325,11 +335,15 @@ class Leader:
         self._uncollected = [h for h in self._uncollected if self._collect(h) is None]
         for sequence in list(self._storing):
             self._collect_stores(sequence)
+        if self.disk is not None:
+            self.disk.step()
 
     def _collect_stores(self, sequence: TrackedSequence) -> None:
         results = [(handle, self._collect(handle)) for handle in sequence.stores]
         sequence.stores = [handle for handle, result in results if result is None]
         failed = sum(result is False for _, result in results)
+        if self.disk is not None and any(result for _, result in results):
+            self.disk.used(sequence)
         if failed:
             sequence.failed_stores += failed
             sequence.look_again()
@@ -380,7 +394,7 @@ class Leader:
             for late in self._late.retry(lambda s, upto: self._store(s, upto, built.step - 1)):
                 self._hold(late, built)
             self._drop_old_matches(built.step)
-            self._look_for_the_dead()
+            self.liveness.look()
         except Exception:
             if not self._reported:  # it may come again in each step
                 self._reported = True
@@ -446,44 +460,14 @@ class Leader:
             self._stop_stores(sequence)
         self._late.give_up()
         self.failures.forget()
+        if self.disk is not None:
+            self.disk.reset()
         deadline = time.monotonic() + RESET_SECS
         self.collect()
         while self._uncollected and time.monotonic() < deadline:
             time.sleep(0.001)
             self.collect()
         return self.table.reset()
-
-    # ---- liveness --------------------------------------------------------------------------------
-    def wait_for_workers(self, timeout_secs: float) -> bool:
-        """Wait until all ranks can copy, for content that is there already; for the start alone."""
-        deadline = time.monotonic() + timeout_secs
-        while not self._workers_ready() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        return self._workers_ready()
-
-    def _workers_ready(self) -> bool:
-        """Return whether all ranks can copy: none before their arenas are open."""
-        if not self._attached:
-            self._attached = workers_attached(self.table.segment)
-        return self._attached and not self.workers_lost
-
-    def _look_for_the_dead(self) -> None:
-        now = time.monotonic()
-        if now < self._look_at:
-            return
-        lines = participants(self.table.segment)
-        mine = self.table.segment.leader
-        alive = {line.rank for line in lines if line.leader == mine and line.alive}
-        lost = sorted(set(range(self.table.segment.shape.ranks)) - alive)
-        if lost and self._attached and not self.workers_lost:
-            self.workers_lost = True
-            logger.error("worker ranks %s are gone; the cache is off for this engine", lost)
-        fine = all(line.alive for line in lines) and not self.table.segment.recovering
-        if fine or recover(self.table.segment):
-            self._look_every = LIVENESS_SECS
-        else:  # a dead engine whose workers live: nothing to do until they end
-            self._look_every = min(LIVENESS_MAX_SECS, 2 * self._look_every)
-        self._look_at = now + self._look_every
 
     def close(self) -> None:
         """Return everything that this leader holds.

@@ -4,9 +4,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from kvbm._fast.keys import Keys
 from kvbm.instance import engine_key
+
+if TYPE_CHECKING:
+    from kvbm.disk_transfers import Promotion
 
 
 @dataclass(eq=False)
@@ -26,6 +30,8 @@ class GroupBlocks:
     matched : int or None
         Reference to the deepest matched block, held until the load has ended or the match is
         dropped.
+    used : int
+        Blocks from the start that have been counted as used.
     """
 
     keys: Keys
@@ -33,6 +39,7 @@ class GroupBlocks:
     stored: int = 0
     parent: int | None = None
     matched: int | None = None
+    used: int = 0
 
     def look_again(self) -> None:
         """Make the next store find out anew what is in the cache."""
@@ -65,6 +72,10 @@ class TrackedSequence:
         The engine is done with it.
     cancelled : bool
         It ended while it was loaded: that the load did not arrive says nothing about the cache.
+    promotion : Promotion or None
+        What it waits for to come from a slower tier.
+    promoted : bool
+        It has been waited for once in this admission.
     """
 
     request_id: str
@@ -80,6 +91,8 @@ class TrackedSequence:
     failed_stores: int = 0
     finished: bool = False
     cancelled: bool = False
+    promotion: "Promotion | None" = None
+    promoted: bool = False
 
     @cached_property
     def request_key(self) -> int:
@@ -106,4 +119,4 @@ class TrackedSequence:
         for group in self.groups:
             group.device_blocks = []
             group.look_again()
-        self.stale = self.load_failed = False
+        self.stale = self.load_failed = self.promoted = False

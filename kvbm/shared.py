@@ -48,6 +48,8 @@ class SegmentSpec:
         Of the content of each rank's arena.
     mode, group : int, int or None
         Permission bits and group of the object.
+    disk_slots : int
+        Size of the disk tier, for the workers; its blocks have a segment of their own.
     """
 
     instance: str
@@ -58,13 +60,15 @@ class SegmentSpec:
     nonces: tuple[int, ...]
     mode: int = 0o600
     group: int | None = None
+    disk_slots: int = 0
 
     @property
     def shape(self) -> Shape:
         """Sizes of the segment."""
-        return shape_for(
+        shape = shape_for(
             self.host_slots, 0, self.ranks, self.block_tokens, is_private(self.instance)
         )
+        return shape._replace(disk_slots=self.disk_slots)
 
 
 def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:

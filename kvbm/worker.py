@@ -27,6 +27,7 @@ from kvbm.tiers.host import ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.backends import Device, RankCopies
 from kvbm.transfer.geometry import KvGeometry
+from kvbm.worker_disk import DiskPlace, WorkerDisk, slab_files
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Worker:
         self._bound = self._filled = 0
         self._stream = 0  # the engine's, when it told about the last step
         self._rank_copies: RankCopies | None = None
+        self._disk: WorkerDisk | None = None
         self._loads: dict[str, LoadOrder] = {}
         self._held: dict[str, list[int]] = {}
         self._copies = threading.Thread(
@@ -139,6 +141,7 @@ class Worker:
             with self._steps:
                 self.loop = loop
                 self._tell_loop()
+            self._open_disk(self.segment, loop)
             if not self._closing.is_set():
                 loop.run()
         except Exception:
@@ -216,6 +219,19 @@ class Worker:
         self._reserving.start()
         return copies.backend
 
+    def _open_disk(self, segment: Segment, loop: WorkerLoop) -> None:
+        """Begin to open this rank's slab, if the leader has a disk tier."""
+        if segment.shape.disk_slots == 0 or self._rank_copies is None:
+            return
+        place = DiskPlace(
+            None if is_private(self.place.instance) else self.place.instance,
+            self.place.rank,
+            self.place.ranks,
+            self.geometries[0].bytes_per_block,
+        )
+        copiers = self._rank_copies.copiers
+        self._disk = WorkerDisk(slab_files(self.settings), place, segment, copiers, loop)
+
     def _tell_loop(self) -> None:
         """Pass on the steps that arrived before the loop was there; under the lock."""
         assert self.loop is not None
@@ -279,6 +295,8 @@ class Worker:
 
     def ended_stores(self) -> set[str]:
         """Finished requests whose device blocks are no longer needed, each told once."""
+        if self._disk is not None:
+            self._disk.report()
         done = {request for request, handles in self._held.items() if self._ended(handles)}
         for request in done:
             del self._held[request]
@@ -321,6 +339,10 @@ class Worker:
         # In this order: the first makes the second, perhaps at this moment.
         if not (self._has_ended(self._copies) and self._has_ended(self._reserving)):
             return
+        if self._disk is not None:
+            if not self._disk.close():
+                return
+            self._disk = None
         self.loop = None
         if self.segment is not None:
             self.segment.close()

@@ -19,12 +19,14 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import workers_attached
 from kvbm.config import Settings, load_settings
+from kvbm.disk_opening import DiskOpener, DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
-from kvbm.instance import engine_key, private_instance
+from kvbm.instance import engine_key, is_private, private_instance
 from kvbm.leader import Leader
 from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
+from kvbm.tiers.disk import slab_path
 from kvbm.tiers.host import wait_for_headers
 from kvbm.transfer.geometry import geometry_of_groups
 from kvbm.worker import Worker, WorkerPlace
@@ -115,6 +117,7 @@ class SmallEngine:
         self.caches = [KvCache(device_blocks, 2 * groups, rank) for rank in range(ranks)]
         self.workers: list[Worker] = []
         self.leader: Leader = None  # type: ignore[assignment]
+        self.opener: DiskOpener | None = None
         self.received: set[str] = set()
         self.sent: set[str] = set()
         self.missing: set[int] = set()
@@ -146,10 +149,20 @@ class SmallEngine:
             block_tokens=BLOCK_TOKENS,
             fingerprint=Fingerprint({"geometry": [h.geometry.hex() for h in headers]}),
             nonces=tuple(header.nonce for header in headers),
+            disk_slots=self.settings.disk_cache_override_num_blocks,
         )
         self.segment = open_as_leader(spec, engine_key(self.engine_id))
         self.raw = RawSegment(self.segment.name)
-        self.leader = Leader(OperationTable(self.segment), BLOCK_TOKENS)
+        table = OperationTable(self.segment)
+        private = is_private(self.instance)
+        slabs = [
+            slab_path(self.settings.disk_cache_dir, self.instance, rank)
+            for rank in range(0 if private else self.ranks)
+        ]
+        place = DiskSpec(self.instance, engine_key(self.engine_id), tuple(slabs))
+        block_bytes = sum(header.bytes_per_block for header in headers)
+        tier, self.opener = open_disk_tier(self.settings, table, place, block_bytes) or (None, None)
+        self.leader = Leader(table, BLOCK_TOKENS, tier)
         return self.leader
 
     def wait_until_attached(self) -> None:
@@ -163,6 +176,8 @@ class SmallEngine:
         """End everything, after proving that nothing is held; may be called twice."""
         if self.leader is not None:
             self.leader.close()
+            if self.opener is not None:
+                self.opener.close()
             self.leader = None  # type: ignore[assignment]
             for worker in self.workers:
                 worker.close()

@@ -19,6 +19,11 @@ EXAMPLES: list[tuple[KvbmError, dict[str, object], str]] = [
     (errors.GeometryError("shape (2, 3)"), {}, "shape (2, 3)"),
     (errors.InspectError("x is not a file"), {}, "x is not a file"),
     (
+        errors.SlabError("/tmp/slab", "no room"),
+        {"where": "/tmp/slab", "reason": "no room"},
+        "disk tier: /tmp/slab cannot be used: no room",
+    ),
+    (
         errors.SegmentError(SEGMENT, "because"),
         {"name": SEGMENT, "detail": "because"},
         "shared-memory object /kvbm-chat cannot be used: because",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-import kvbm.leader
+import kvbm.liveness
 from tests.engines import MakeEngine
 from tests.leaks import wait_until
 from tests.small_engine import SmallEngine
@@ -82,11 +82,11 @@ def test_the_death_of_a_worker_turns_the_cache_off(
     engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.store("first", [1, 2])
-    monkeypatch.setattr(kvbm.leader, "LIVENESS_SECS", 0.0)
-    monkeypatch.setattr(engine.leader, "_look_at", 0.0)
+    monkeypatch.setattr(kvbm.liveness, "LIVENESS_SECS", 0.0)
+    monkeypatch.setattr(engine.leader.liveness, "_look_at", 0.0)
     assert engine.leader.match(engine.track("second", 2), 0, 2) == 2
     engine.workers[0].close()
-    assert wait_until(lambda: engine.leader.build_step() and engine.leader.workers_lost)
+    assert wait_until(lambda: engine.leader.build_step() and engine.leader.liveness.workers_lost)
     assert engine.leader.match(engine.track("third", 2), 0, 2) == 0
 
 

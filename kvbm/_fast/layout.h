@@ -92,7 +92,7 @@
  *     bits a rank (pending, running, done, failed). The leader writes rows and fields, then [O0]
  *     SUBMITTED with release. A rank claims pending -> running, and ends with done or failed, each
  *     one CAS. The CAS that leaves no rank pending or running decides the fate in the same step:
- *     all done -> FINISHING (a store: that rank publishes the blocks) or COMPLETE (a load); any
+ *     all done -> FINISHING (a store or a fetch: that rank publishes the blocks) or COMPLETE; any
  *     failed -> FAILED. Cancel turns all pending ranks into failed ones. Only the leader recycles:
  *     COMPLETE / FAILED -> FREE with the next generation.
  *
@@ -114,7 +114,7 @@
 #include "atomics.h"
 
 #define KV_MAGIC 0x314d42564b304730ull /* written last, with release, by the creator */
-#define KV_FORMAT_VERSION 2u
+#define KV_FORMAT_VERSION 3u
 
 enum {
     KV_PAGE = 4096,
@@ -230,7 +230,14 @@ static inline uint32_t kv_other_bucket(uint32_t bucket, uint32_t tag, uint32_t m
 }
 
 /* ---- operations ------------------------------------------------------------------------------ */
-enum kv_operation_kind { KV_STORE = 1, KV_LOAD = 2 };
+/* A store and a fetch fill blocks that are PARTIAL and publish them; a load and a spill read blocks
+ * that are REGISTERED and held. Rows of a spill (host -> disk) and of a fetch (disk -> host) name
+ * disk slots in place of device blocks. */
+enum kv_operation_kind { KV_STORE = 1, KV_LOAD = 2, KV_SPILL = 3, KV_FETCH = 4 };
+
+static inline int kv_fills_blocks(uint32_t kind) { return kind == KV_STORE || kind == KV_FETCH; }
+static inline int kv_is_disk_kind(uint32_t kind) { return kind == KV_SPILL || kind == KV_FETCH; }
+
 enum kv_operation_state {
     KV_OP_FREE = 0,
     KV_OP_SUBMITTED = 1,
@@ -264,7 +271,7 @@ static inline uint64_t kv_op_set_rank(uint64_t w, uint32_t rank, uint32_t rank_s
 }
 
 typedef struct kv_row {
-    uint32_t device_block, slot;
+    uint32_t device_block, slot;  /* a spill's and a fetch's disk slot stands in device_block */
     uint32_t block, generation;
     uint32_t reserved[4];         /* zero; keeps two rows in a cache line */
 } kv_row;
@@ -296,14 +303,14 @@ typedef struct kv_ring {
     kv_au64 entry[KV_OPERATIONS_PER_LEADER]; /* see below */
 } kv_ring;
 
-/* ---- ring entry: 63..32 generation | 9..8 kind | 7..0 operation. The kind is in it because the
+/* ---- ring entry: 63..32 generation | 10..8 kind | 7..0 operation. The kind is in it because the
  * operation may be another one by the time the worker looks. */
 static inline uint64_t kv_entry_make(uint32_t generation, uint32_t kind, uint32_t index) {
     return ((uint64_t)generation << 32) | (kind << 8) | index;
 }
-static inline uint32_t kv_entry_kind(uint64_t e) { return (uint32_t)(e >> 8) & 3u; }
+static inline uint32_t kv_entry_kind(uint64_t e) { return (uint32_t)(e >> 8) & 7u; }
 /* generation << 32 | operation: what leaders and engines call a handle. */
-static inline uint64_t kv_entry_handle(uint64_t e) { return e & ~0x300ull; }
+static inline uint64_t kv_entry_handle(uint64_t e) { return e & ~0x700ull; }
 
 /* ---- participants ---------------------------------------------------------------------------- */
 enum kv_role { KV_ROLE_NONE = 0, KV_ROLE_LEADER = 1, KV_ROLE_WORKER = 2 };
@@ -319,7 +326,8 @@ typedef struct kv_participant {
     kv_au64 step_bound;           /* worker: last step whose metadata it has seen */
     kv_au64 step_filled;          /* worker: last step whose forward pass has filled its blocks */
     kv_au32 attached;             /* worker: 1 once its arena is usable */
-    uint8_t pad[128 - 52];
+    kv_au32 disk_slots;           /* worker: slots of its slab once it is usable, 0 before */
+    uint8_t pad[128 - 56];
 } kv_participant;
 
 typedef enum {

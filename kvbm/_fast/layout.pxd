@@ -41,6 +41,8 @@ cdef extern from "layout.h" nogil:
         KV_READY
         KV_STORE
         KV_LOAD
+        KV_SPILL
+        KV_FETCH
         KV_OP_FREE
         KV_OP_SUBMITTED
         KV_OP_CANCELLED
@@ -112,6 +114,9 @@ cdef extern from "layout.h" nogil:
     uint32_t kv_hash_bucket(uint64_t h, uint32_t mask) noexcept
     uint32_t kv_other_bucket(uint32_t bucket, uint32_t tag, uint32_t mask) noexcept
 
+    uint64_t kv_mix64(uint64_t x) noexcept
+    bint kv_fills_blocks(uint32_t kind) noexcept
+    bint kv_is_disk_kind(uint32_t kind) noexcept
     uint32_t kv_op_state(uint64_t w) noexcept
     uint32_t kv_op_finisher(uint64_t w) noexcept
     uint32_t kv_op_generation(uint64_t w) noexcept
@@ -178,6 +183,7 @@ cdef extern from "layout.h" nogil:
         kv_au64 step_bound
         kv_au64 step_filled
         kv_au32 attached
+        kv_au32 disk_slots
 
     ctypedef struct kv_counters:
         kv_au64 value[32]

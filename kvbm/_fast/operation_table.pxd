@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport kv_operation
 from kvbm._fast.table cimport BlockTable
 
@@ -13,6 +14,11 @@ cdef class OperationTable(BlockTable):
 
     cdef uint32_t open_operation(self, uint32_t kind, uint64_t step, uint64_t request_key,
                                  uint32_t group, uint64_t anchor) noexcept nogil
+    cdef tuple fill(self, uint32_t kind, Keys keys, Py_ssize_t start, Py_ssize_t stop,
+                    list sources, object parent, uint64_t step, uint64_t request_key,
+                    uint32_t priority)
+    cdef list read(self, uint32_t kind, uint64_t ref, Py_ssize_t skip, list targets,
+                   uint64_t step, uint64_t request_key, uint32_t group)
     cdef void begin(self) noexcept nogil
     cdef void discard(self, uint32_t *indices, int count) noexcept nogil
     cdef int submit_all(self, uint32_t *indices, int count, list handles) except -1

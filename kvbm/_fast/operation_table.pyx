@@ -11,6 +11,7 @@ from kvbm._fast.atomics cimport (
     kv_u32_store_relaxed,
     kv_u64_fetch_add_relaxed,
     kv_u64_load_acquire,
+    kv_u64_load_relaxed,
     kv_u64_store_relaxed,
 )
 from kvbm._fast.blocks cimport (
@@ -18,6 +19,7 @@ from kvbm._fast.blocks cimport (
     NO_PARENT,
     PUBLISHED,
     Reservation,
+    block_pin,
     block_publish,
     chain_step,
     monotonic_ns,
@@ -30,14 +32,17 @@ from kvbm._fast.layout cimport (
     KV_C_DEDUPLICATED,
     KV_C_PUBLISHED,
     KV_C_SKIPPED_NO_OPERATION,
+    KV_FETCH,
     KV_LOAD,
     KV_NONE,
     KV_OPERATIONS_PER_LEADER,
     KV_OP_COMPLETE,
     KV_OP_FAILED,
     KV_ROWS,
+    KV_SPILL,
     KV_STORE,
     kv_count,
+    kv_fills_blocks,
     kv_op_generation,
     kv_op_state,
     kv_operation,
@@ -108,9 +113,25 @@ cdef class OperationTable(BlockTable):
         ValueError, IndexError, OverflowError
             A block hash, the range, the parent or a device block is impossible; nothing is stored.
         """
+        return self.fill(KV_STORE, keys, start, stop, device_blocks, parent, step, request_key,
+                         priority)
+
+    def fetch(self, keys: Keys, start: int, stop: int, disk_slots: list[int],
+              parent: int | None, request_key: int = 0) -> tuple[list[int], int, int | None]:
+        """Reserve the blocks `start` to `stop` that are not in the table and read them from disk.
+
+        As `store`, but that the bytes come from disk slots, which the caller holds until the
+        operations have been collected. `disk_slots` is counted from block 0, as device blocks are.
+        """
+        return self.fill(KV_FETCH, keys, start, stop, disk_slots, parent, 0, request_key, 0)
+
+    cdef tuple fill(self, uint32_t kind, Keys keys, Py_ssize_t start, Py_ssize_t stop,
+                    list sources, object parent, uint64_t step, uint64_t request_key,
+                    uint32_t priority):
+        """Reserve blocks and submit the operations that fill them from `sources`."""
         cdef Reservation what
-        cdef Py_ssize_t i = start, end = min(stop, keys.count(), len(device_blocks))
-        cdef uint32_t device_block, block, generation, slot, index
+        cdef Py_ssize_t i = start, end = min(stop, keys.count(), len(sources))
+        cdef uint32_t source, block, generation, slot, index
         cdef uint64_t word, ref
         cdef kv_operation *op = NULL
         cdef uint32_t pending[128]
@@ -126,7 +147,7 @@ cdef class OperationTable(BlockTable):
             return handles, start, parent
         try:
             while i < end:
-                device_block = device_blocks[i]
+                source = sources[i]
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
                 if block != KV_NONE:
@@ -136,7 +157,7 @@ cdef class OperationTable(BlockTable):
                     i += 1
                     continue
                 if op == NULL or op.row_count == KV_ROWS:
-                    index = self.open_operation(KV_STORE, step, request_key, keys.group, ref)
+                    index = self.open_operation(kind, step, request_key, keys.group, ref)
                     if index == KV_NONE:
                         break
                     op = kv_operation_at(self.view, self.view.leader, index)
@@ -147,7 +168,7 @@ cdef class OperationTable(BlockTable):
                 what.position = <uint32_t>i
                 if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
                     break
-                fill_row(&op.rows[op.row_count], device_block, slot, block, generation)
+                fill_row(&op.rows[op.row_count], source, slot, block, generation)
                 op.row_count += 1
                 ref = make_ref(block, generation)
                 i += 1
@@ -235,10 +256,23 @@ cdef class OperationTable(BlockTable):
             Handles of the operations; None, with nothing submitted, if there are not enough free
             ones or the chain is not complete in the host tier.
         """
-        cdef Py_ssize_t n = len(device_blocks), i
+        return self.read(KV_LOAD, ref, skip, device_blocks, step, request_key, group)
+
+    def spill(self, ref: int, skip: int, disk_slots: list[int], group: int = 0) -> list[int] | None:
+        """Submit the copies of a held chain to disk slots; as `load`.
+
+        The caller has reserved the disk slots, and publishes them when the operations have been
+        collected.
+        """
+        return self.read(KV_SPILL, ref, skip, disk_slots, 0, 0, group)
+
+    cdef list read(self, uint32_t kind, uint64_t ref, Py_ssize_t skip, list targets, uint64_t step,
+                   uint64_t request_key, uint32_t group):
+        """Submit the operations that copy a held chain to `targets`."""
+        cdef Py_ssize_t n = len(targets), i
         cdef uint32_t pending[128]
         cdef int count = <int>((n + KV_ROWS - 1) // KV_ROWS), k
-        cdef uint32_t block = <uint32_t>(ref & 0xFFFFFFFF)
+        cdef uint32_t block = <uint32_t>ref
         cdef uint32_t generation = <uint32_t>(ref >> 32), slot = 0
         cdef kv_operation *op
         cdef kv_row *row
@@ -249,7 +283,7 @@ cdef class OperationTable(BlockTable):
             return None
         self.begin()
         for k in range(count):
-            pending[k] = self.open_operation(KV_LOAD, step, request_key, group, NO_REF)
+            pending[k] = self.open_operation(kind, step, request_key, group, NO_REF)
             if pending[k] == KV_NONE:
                 return None
             op = kv_operation_at(self.view, self.view.leader, pending[k])
@@ -260,7 +294,7 @@ cdef class OperationTable(BlockTable):
         for i in range(n - 1, -1, -1):
             row = &kv_operation_at(self.view, self.view.leader,
                                    pending[i // KV_ROWS]).rows[i % KV_ROWS]
-            fill_row(row, device_blocks[i], KV_NONE, block, generation)
+            fill_row(row, targets[i], KV_NONE, block, generation)
             if not chain_step(self.view, &block, &generation, &slot):
                 return None
             row.slot = slot
@@ -291,7 +325,7 @@ cdef class OperationTable(BlockTable):
         cdef uint32_t index = <uint32_t>(handle & 0xFFFFFFFF)
         if state != KV_OP_COMPLETE and state != KV_OP_FAILED:
             return None
-        if kv_u32_load_relaxed(&op.kind) == KV_STORE:
+        if kv_fills_blocks(kv_u32_load_relaxed(&op.kind)):
             if not structure_enter(self.view):
                 return None
             self.collect_rows(op, state == KV_OP_COMPLETE)
@@ -321,6 +355,35 @@ cdef class OperationTable(BlockTable):
         """Stop an operation as soon as possible; it still has to be collected."""
         cdef kv_operation *op = self.checked(handle)
         operation_cancel(self.view, op, <uint32_t>(handle >> 32))
+
+    def hold(self, Keys keys not None, index: int) -> int | None:
+        """Reference to block `index` of a sequence, held until `unpin`; None if it is not cached.
+
+        Not counted as a look-up: for the cache's own purposes.
+        """
+        cdef uint64_t lo, hi, word
+        cdef uint32_t block
+        self.mix(keys)
+        if not 0 <= index < keys.count():
+            raise IndexError(f"block {index}: there are {keys.count()} complete blocks")
+        block = self.probe(keys, index, &word)
+        keys.digest(index, &lo, &hi)
+        if block == KV_NONE or not block_pin(self.view, block, lo, hi):
+            return None
+        self.pins[block] += 1
+        return make_ref(block, kv_word_generation(kv_u64_load_acquire(
+            &self.view.blocks[block].word)))
+
+    def first_failed_row(self, handle: int) -> int:
+        """Row of an ended operation from which on some rank has failed; 0 if none says so."""
+        cdef kv_operation *op = self.checked(handle)
+        cdef uint64_t row, least = 0
+        cdef uint32_t rank
+        for rank in range(self.view.shape.ranks):
+            row = kv_u64_load_relaxed(&op.failed_rows[rank])
+            if row != 0 and (least == 0 or row < least):
+                least = row
+        return 0 if least == 0 else least - 1
 
     def free_operations(self) -> int:
         """Operations that this leader can still submit."""

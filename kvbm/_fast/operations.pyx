@@ -53,7 +53,9 @@ from kvbm._fast.layout cimport (
     KV_STORE,
     kv_count,
     kv_entry_make,
+    kv_fills_blocks,
     kv_holder_bit,
+    kv_is_disk_kind,
     kv_op_finisher,
     kv_op_generation,
     kv_op_make,
@@ -212,7 +214,7 @@ cdef EndResult operation_end(kv_view *view, kv_operation *op, uint32_t rank,
             result = ENDED
             if any_failed(next_word):
                 next_word = with_state(next_word, KV_OP_FAILED, 0)
-            elif kind == KV_STORE:
+            elif kv_fills_blocks(kind):
                 next_word = with_state(next_word, KV_OP_FINISHING, rank)
                 result = MUST_PUBLISH
             else:
@@ -229,6 +231,8 @@ cdef void count_end(kv_view *view, uint32_t kind, uint32_t row_count, uint64_t w
                     bint cancelled) noexcept nogil:
     """Count an operation that has ended; one that nobody wanted any more is not a failure."""
     cdef bint store = kind == KV_STORE
+    if kv_is_disk_kind(kind):
+        return  # counted in the disk tier's own segment, by the leader
     if kv_op_state(word) != KV_OP_FAILED:
         kv_count(view, KV_C_STORES if store else KV_C_LOADS, 1)
         kv_count(view, KV_C_BLOCKS_STORED if store else KV_C_BLOCKS_LOADED, row_count)
@@ -239,7 +243,7 @@ cdef void count_end(kv_view *view, uint32_t kind, uint32_t row_count, uint64_t w
 
 
 cdef void operation_publish(kv_view *view, kv_operation *op) noexcept nogil:
-    """Publish the blocks of a store, parents first.
+    """Publish the blocks of a store or a fetch, parents first.
 
     Blocks that cannot be published yet are left to the leader, which tries again when it collects
     the operation, and abandons what still has no parent.

@@ -187,6 +187,7 @@ cdef int mark_line(Segment segment, uint32_t line, uint32_t role, uint32_t leade
     kv_u64_store_relaxed(&p.step_bound, 0)
     kv_u64_store_relaxed(&p.step_filled, 0)
     kv_u32_store_relaxed(&p.attached, 0)
+    kv_u32_store_relaxed(&p.disk_slots, 0)
     kv_u32_store_release(&p.role, role)
     segment.view.self = line
     segment.view.leader = leader
@@ -259,3 +260,25 @@ def engine_counters(Segment segment not None) -> dict[str, int]:
             total[i] += kv_u64_load_relaxed(
                 &segment.view.counters[kv_worker_line(segment.view.leader, rank)].value[i])
     return {name: total[i] for i, name in enumerate(COUNTER_NAMES)}
+
+
+def set_disk_slots(Segment segment not None, count: int) -> None:
+    """This worker can read and write the first `count` slots of its slab; 0 takes it back."""
+    segment.check_open()
+    if segment.view.self == KV_NONE:
+        raise SegmentFault("closed", f"this attachment to {segment.name} has no line")
+    kv_u32_store_release(&segment.view.participants[segment.view.self].disk_slots, count)
+
+
+def usable_disk_slots(Segment segment not None) -> int:
+    """Slots of the disk tier that all ranks of this leader can use; 0 before all have a slab."""
+    cdef uint32_t rank, count, least = 0xFFFFFFFFU
+    cdef kv_participant *p
+    segment.check_open()
+    for rank in range(segment.view.shape.ranks):
+        p = &segment.view.participants[kv_worker_line(segment.view.leader, rank)]
+        count = kv_u32_load_acquire(&p.disk_slots)
+        if kv_u32_load_acquire(&p.role) != KV_ROLE_WORKER:
+            count = 0
+        least = min(least, count)
+    return least

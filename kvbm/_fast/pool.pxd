@@ -8,6 +8,7 @@ cdef struct PoolCursor:      # one process's memory of where it last found free 
 
 cdef uint32_t pool_take_run(kv_view *view, int pool, uint32_t wanted, uint32_t limit,
                             PoolCursor *cursor, uint32_t *first) noexcept nogil
+cdef bint pool_take_one(kv_view *view, int pool, uint32_t index) noexcept nogil
 cdef void pool_give_back(kv_view *view, int pool, uint32_t index) noexcept nogil
 cdef bint pool_has_bit(kv_view *view, int pool, uint32_t index) noexcept nogil
 cdef void pool_fill(kv_view *view, int pool) noexcept nogil

@@ -107,6 +107,15 @@ cdef uint32_t pool_take_run(kv_view *view, int pool, uint32_t wanted, uint32_t l
     return 0
 
 
+cdef bint pool_take_one(kv_view *view, int pool, uint32_t index) noexcept nogil:
+    """Take one index; False if it is not free. Its summary bit may stay: it is a hint."""
+    cdef kv_pool_view *p = &view.pool[pool]
+    cdef uint64_t bit = (<uint64_t>1) << (index % 64)
+    if index >= p.capacity:
+        return False
+    return kv_u64_fetch_and_acq_rel(&p.words[index // 64], ~bit) & bit != 0
+
+
 cdef void pool_give_back(kv_view *view, int pool, uint32_t index) noexcept nogil:
     """Mark `index` free.
 

@@ -3,7 +3,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvbm._fast.atomics cimport kv_au32, kv_au64
 from kvbm._fast.backend cimport CopyBackend
-from kvbm._fast.layout cimport kv_operation, kv_view
+from kvbm._fast.layout cimport kv_operation, kv_participant, kv_view
 from kvbm._fast.segment cimport Segment
 
 
@@ -25,25 +25,37 @@ cdef struct Flight:               # an operation under way; its number is the ba
     bint busy
 
 
+cdef struct Lane:                 # what one backend has to do
+    Waiting loads                 # into the faster memory: a request waits for them
+    Waiting stores
+    Flight flights[16]
+    uint32_t busy                 # flights under way
+
+
 cdef class WorkerLoop:
     cdef readonly Segment segment
-    cdef readonly CopyBackend backend
+    cdef readonly CopyBackend backend      # between device and host
+    cdef readonly CopyBackend disk         # between host and disk; set before `has_disk`
     cdef readonly int rank
+    cdef readonly bint disk_hangs          # `run` has returned while disk copies were under way
     cdef kv_view *view
     cdef uint32_t line
     cdef kv_au32 stopping         # process-private
-    cdef Waiting loads
-    cdef Waiting stores
-    cdef Flight flights[16]
-    cdef uint32_t busy            # flights under way
+    cdef kv_au32 has_disk         # process-private
+    cdef Lane copies              # of `backend`
+    cdef Lane disk_copies         # of `disk`
     cdef bint left                # the backend has given up, and so has this worker
     cdef uint64_t digests[256]    # of the rows of the operation that is being submitted
 
     cdef void drain_ring(self) noexcept nogil
     cdef bint next_runnable(self, Waiting *waiting, uint64_t step, uint64_t *entry) noexcept nogil
-    cdef bint start_next(self, Waiting *waiting, uint32_t first, uint64_t step) noexcept nogil
-    cdef void start(self, uint64_t entry, uint32_t place) noexcept nogil
-    cdef bint end_flights(self) noexcept nogil
+    cdef bint start_next(self, CopyBackend backend, Lane *lane, Waiting *waiting, uint32_t first,
+                         uint64_t step) noexcept nogil
+    cdef bint start_copies(self, kv_participant *me) noexcept nogil
+    cdef void start(self, CopyBackend backend, Lane *lane, uint64_t entry,
+                    uint32_t place) noexcept nogil
+    cdef bint end_flights(self, CopyBackend backend, Lane *lane) noexcept nogil
+    cdef bint may_return(self, uint64_t asked_ns) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef void finish(self, kv_operation *op, uint32_t generation, int status, uint32_t failed_row,
                      uint64_t began_ns) noexcept nogil

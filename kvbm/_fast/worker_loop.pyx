@@ -23,6 +23,10 @@ Each row is checked against the block table before and after the copy: the block
 state and of the generation that the row names (PARTIAL for a store, REGISTERED for a load). A row
 that does not pass fails the operation, so wrong bytes are neither published nor used.
 
+Copies between host and disk have a backend, queues and places of their own, so that a slow disk
+holds up nothing else; their operations name no step. A disk copy that hangs does not keep `run`
+from returning.
+
 A backend that has given up (`is_off`) fails all operations; the loop then drops the lock on its
 line, so that the leader takes this worker for dead.
 """
@@ -55,6 +59,7 @@ from kvbm._fast.layout cimport (
     KV_C_CHECK_FAILURES,
     KV_C_LOAD_NS,
     KV_C_STORE_NS,
+    KV_FETCH,
     KV_LEADERS,
     KV_LOAD,
     KV_NONE,
@@ -71,6 +76,8 @@ from kvbm._fast.layout cimport (
     kv_count,
     kv_entry_handle,
     kv_entry_kind,
+    kv_fills_blocks,
+    kv_is_disk_kind,
     kv_op_generation,
     kv_op_rank,
     kv_op_state,
@@ -99,6 +106,7 @@ from kvbm._fast.segment cimport Segment, line_lock
 cdef enum:
     IDLE_WAIT_NS = 100000000   # the loop looks at its stop flag at least ten times a second
     POLL_NS = 20000            # between two looks at copies under way: 1 MiB on the bus
+    DISK_END_NS = 2000000000   # how long disk copies may take to end once the loop is to stop
 
 
 cdef bint operation_is_cancelled(void *context) noexcept nogil:
@@ -136,6 +144,7 @@ cdef class WorkerLoop:
         """
         cdef kv_participant *me = &self.view.participants[self.line]
         cdef uint32_t seen
+        cdef uint64_t asked_ns = 0
         cdef bint worked, stopping
         self.segment.check_open()
         with nogil:
@@ -145,41 +154,73 @@ cdef class WorkerLoop:
                 # at once.
                 seen = doorbell_read(self.view, self.view.leader, self.rank)
                 self.drain_ring()
-                worked = self.end_flights()
-                if stopping and self.busy == 0:
-                    break
-                if self.backend.is_off() and self.busy == 0 and not self.left:
+                worked = self.end_flights(self.backend, &self.copies)
+                if self.disk_copies.busy != 0:
+                    worked |= self.end_flights(self.disk, &self.disk_copies)
+                if stopping:
+                    if asked_ns == 0:
+                        asked_ns = monotonic_ns()
+                    if self.may_return(asked_ns):
+                        break
+                if self.backend.is_off() and self.copies.busy == 0 and not self.left:
                     self.leave()
                 if not stopping:
-                    worked |= (self.start_next(&self.loads, 0, kv_u64_load_acquire(&me.step_bound))
-                               or self.start_next(&self.stores, DEPTH_MAX,
-                                                  kv_u64_load_acquire(&me.step_filled)))
-                if not worked:
+                    worked |= self.start_copies(me)
+                if not worked:  # the threads of a disk ring when they are done
                     doorbell_wait(self.view, self.view.leader, self.rank, seen,
-                                  POLL_NS if self.busy else IDLE_WAIT_NS)
+                                  POLL_NS if self.copies.busy else IDLE_WAIT_NS)
 
-    cdef bint start_next(self, Waiting *waiting, uint32_t first, uint64_t step) noexcept nogil:
+    cdef bint may_return(self, uint64_t asked_ns) noexcept nogil:
+        """True when nothing is under way any more, or only disk copies that do not end."""
+        if self.copies.busy != 0:
+            return False
+        if self.disk_copies.busy != 0 and monotonic_ns() - asked_ns < DISK_END_NS:
+            return False
+        self.disk_hangs = self.disk_copies.busy != 0
+        return True
+
+    cdef bint start_copies(self, kv_participant *me) noexcept nogil:
+        """Start one operation, of each backend, if one may run; True if there was one."""
+        cdef bint worked
+        worked = (self.start_next(self.backend, &self.copies, &self.copies.loads, 0,
+                                  kv_u64_load_acquire(&me.step_bound))
+                  or self.start_next(self.backend, &self.copies, &self.copies.stores, DEPTH_MAX,
+                                     kv_u64_load_acquire(&me.step_filled)))
+        if kv_u32_load_acquire(&self.has_disk) != 0:
+            worked |= (self.start_next(self.disk, &self.disk_copies, &self.disk_copies.loads, 0, 0)
+                       or self.start_next(self.disk, &self.disk_copies, &self.disk_copies.stores,
+                                          DEPTH_MAX, 0))
+        return worked
+
+    cdef bint start_next(self, CopyBackend backend, Lane *lane, Waiting *waiting, uint32_t first,
+                         uint64_t step) noexcept nogil:
         """Start the oldest operation of a queue if it may run and the backend has a place."""
         cdef uint64_t entry
         cdef uint32_t place
-        for place in range(first, first + self.backend.depth):
-            if not self.flights[place].busy:
+        for place in range(first, first + backend.depth):
+            if not lane.flights[place].busy:
                 if not self.next_runnable(waiting, step, &entry):
                     return False
-                self.start(entry, place)
+                self.start(backend, lane, entry, place)
                 return True
         return False
 
     cdef void drain_ring(self) noexcept nogil:
         cdef uint64_t entry
+        cdef uint32_t kind
+        cdef Lane *lane
         cdef Waiting *waiting
-        while (self.loads.count < KV_OPERATIONS_PER_LEADER
-                and self.stores.count < KV_OPERATIONS_PER_LEADER):
+        while (self.copies.loads.count < KV_OPERATIONS_PER_LEADER
+                and self.copies.stores.count < KV_OPERATIONS_PER_LEADER
+                and self.disk_copies.loads.count < KV_OPERATIONS_PER_LEADER
+                and self.disk_copies.stores.count < KV_OPERATIONS_PER_LEADER):
             if not ring_pop(self.view, self.rank, &entry):
                 return
             if <uint32_t>kv_entry_handle(entry) >= KV_OPERATIONS_PER_LEADER:
                 continue
-            waiting = &self.loads if kv_entry_kind(entry) == KV_LOAD else &self.stores
+            kind = kv_entry_kind(entry)
+            lane = &self.disk_copies if kv_is_disk_kind(kind) else &self.copies
+            waiting = (&lane.loads if kind == KV_LOAD or kind == KV_FETCH else &lane.stores)
             waiting.entries[waiting.count] = kv_entry_handle(entry)
             waiting.count += 1
 
@@ -203,7 +244,7 @@ cdef class WorkerLoop:
     cdef bint rows_are_valid(self, const kv_operation *op, bint with_digests,
                              uint32_t *bad_row) noexcept nogil:
         cdef uint32_t i
-        cdef uint32_t wanted = (KV_PARTIAL if kv_u32_load_relaxed(&op.kind) == KV_STORE
+        cdef uint32_t wanted = (KV_PARTIAL if kv_fills_blocks(kv_u32_load_relaxed(&op.kind))
                                 else KV_REGISTERED)
         cdef const kv_row *row
         cdef kv_block *b
@@ -223,9 +264,10 @@ cdef class WorkerLoop:
                 self.digests[2 * i + 1] = kv_u64_load_acquire(&b.digest_hi)
         return True
 
-    cdef void start(self, uint64_t entry, uint32_t place) noexcept nogil:
+    cdef void start(self, CopyBackend backend, Lane *lane, uint64_t entry,
+                    uint32_t place) noexcept nogil:
         cdef kv_operation *op = kv_operation_at(self.view, self.view.leader, <uint32_t>entry)
-        cdef Flight *flight = &self.flights[place]
+        cdef Flight *flight = &lane.flights[place]
         cdef uint32_t failed_row = 0
         cdef int status = COPY_FAILED
         if not operation_claim(self.view, op, <uint32_t>(entry >> 32), self.rank):
@@ -235,31 +277,31 @@ cdef class WorkerLoop:
         flight.entry = entry
         flight.began_ns = monotonic_ns()
         if op.row_count <= KV_ROWS and self.rows_are_valid(op, True, &failed_row):
-            status = self.backend.submit(place, op, self.digests, operation_is_cancelled,
-                                         &flight.context, &failed_row)
+            status = backend.submit(place, op, self.digests, operation_is_cancelled,
+                                    &flight.context, &failed_row)
         if status == COPY_RUNNING or status == COPY_SUBMITTING:
             flight.busy = True
-            self.busy += 1
+            lane.busy += 1
             if status == COPY_RUNNING:
                 kv_u64_store_release(&flight.submitted, entry + 1)
         else:
             self.finish(op, flight.context.generation, status, failed_row, flight.began_ns)
 
-    cdef bint end_flights(self) noexcept nogil:
+    cdef bint end_flights(self, CopyBackend backend, Lane *lane) noexcept nogil:
         """Finish the operations whose copies have ended; True if there was one."""
         cdef kv_operation *op
         cdef Flight *flight
         cdef uint32_t place, failed_row
         cdef int status
         cdef bint ended = False
-        if self.busy == 0:
+        if lane.busy == 0:
             return False
         for place in range(PLACES):
-            flight = &self.flights[place]
+            flight = &lane.flights[place]
             if not flight.busy:
                 continue
             failed_row = 0
-            status = self.backend.poll(place, &failed_row)
+            status = backend.poll(place, &failed_row)
             if status == COPY_RUNNING:
                 kv_u64_store_release(&flight.submitted, flight.entry + 1)
             if status == COPY_RUNNING or status == COPY_SUBMITTING:
@@ -268,7 +310,7 @@ cdef class WorkerLoop:
             self.finish(op, <uint32_t>(flight.entry >> 32), status, failed_row, flight.began_ns)
             kv_u64_store_release(&flight.submitted, 0)
             flight.busy = False
-            self.busy -= 1
+            lane.busy -= 1
             ended = True
         return ended
 
@@ -304,6 +346,8 @@ cdef class WorkerLoop:
         lock_drop(self.segment.fd, line_lock(self.line))
 
     cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil:
+        if kv_is_disk_kind(kv_u32_load_relaxed(&op.kind)):
+            return  # the leader counts them, in the disk tier's own segment
         cdef uint64_t moved = op.row_count * self.backend.bytes_per_block() if done else 0
         cdef uint64_t spent = monotonic_ns() - began
         if kv_u32_load_relaxed(&op.kind) == KV_STORE:
@@ -312,6 +356,15 @@ cdef class WorkerLoop:
         else:
             kv_count(self.view, KV_C_BYTES_LOADED, moved)
             kv_count(self.view, KV_C_LOAD_NS, spent)
+
+    def use_disk(self, CopyBackend disk not None) -> None:
+        """From now on, once, this backend copies between host and disk; `run` may be running."""
+        if kv_u32_load_acquire(&self.has_disk) != 0:
+            raise ValueError("the loop has a disk already")
+        self.segment.check_open()
+        self.disk = disk
+        kv_u32_store_release(&self.has_disk, 1)
+        doorbell_ring(self.view, self.view.leader, self.rank)
 
     def stop(self) -> None:
         """Make `run` return after the copy in progress."""
@@ -398,7 +451,7 @@ cdef class WorkerLoop:
         for place in range(PLACES):
             # If the place goes to another operation right now, this one has ended, and the engine
             # waits for a younger copy: more than it must, never less.
-            if kv_u64_load_acquire(&self.flights[place].submitted) == handle + 1:
+            if kv_u64_load_acquire(&self.copies.flights[place].submitted) == handle + 1:
                 return self.backend.engine_after(place, stream)
         return False
 

@@ -108,8 +108,9 @@ def _lower(value: object) -> object:
 
 
 def _unreserved(name: str) -> str:
-    # These names are taken: <instance>.<tier>.<rank> by arenas, p-<hex> by private instances.
-    if re.search(r"\.(host|disk)\.[0-9]+$", name) or re.fullmatch(r"p-[0-9a-f]{16}", name):
+    # These names are taken: <instance>.<tier>.<rank> by arenas, <instance>.disk by the disk
+    # tier's segment, p-<hex> by private instances.
+    if re.search(r"\.((host|disk)\.[0-9]+|disk)$", name) or re.fullmatch(r"p-[0-9a-f]{16}", name):
         raise ValueError("reserved")
     return name
 
@@ -169,7 +170,7 @@ InstanceName = Annotated[
     Field(pattern=r"^[A-Za-z0-9._-]{1,64}$"),
     AfterValidator(_unreserved),
     Kind(
-        "1 to 64 characters of A-Z a-z 0-9 . _ - (reserved: names that end like .host.0, "
+        "1 to 64 characters of A-Z a-z 0-9 . _ - (reserved: names that end like .host.0 or .disk, "
         "and p- with 16 hexadecimal digits)"
     ),
 ]

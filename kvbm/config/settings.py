@@ -108,40 +108,40 @@ class Settings(BaseModel):
     )
 
     # Disk tier
-    disk_cache_gb: Gigabytes = _unsupported(
+    disk_cache_gb: Gigabytes = _supported(
         "DYN_KVBM_DISK_CACHE_GB",
         0.0,
         "Size of the disk tier, the total over all ranks. 0: no disk tier.",
     )
-    disk_cache_override_num_blocks: Blocks = _unsupported(
+    disk_cache_override_num_blocks: Blocks = _supported(
         "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
         0,
         "Size of the disk tier in blocks; wins over `DYN_KVBM_DISK_CACHE_GB`.",
     )
-    disk_cache_dir: Folder = _unsupported(
+    disk_cache_dir: Folder = _supported(
         "DYN_KVBM_DISK_CACHE_DIR",
         Path("/tmp"),
         "Folder of the disk tier's files; made if it is missing.",
     )
-    disk_allocator_type: AllocatorType = _unsupported(
+    disk_allocator_type: AllocatorType = _supported(
         "DYN_KVBM_DISK_ALLOCATOR_TYPE",
         "default",
         "`default` sets O_DIRECT on the open file, `open-direct` opens the file with it.",
     )
-    disk_disable_o_direct: FlagSet = _unsupported(
+    disk_disable_o_direct: FlagSet = _supported(
         "DYN_KVBM_DISK_DISABLE_O_DIRECT", False, "Read and write through the page cache."
     )
-    disk_zerofill_fallback: FlagSet = _unsupported(
+    disk_zerofill_fallback: FlagSet = _supported(
         "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
         False,
         "Write zeros to reserve the file where the file system cannot do it at once.",
     )
-    disable_disk_offload_filter: Truthy = _unsupported(
+    disable_disk_offload_filter: Truthy = _supported(
         "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
         False,
         "Write a block to disk the first time it is seen, not the second.",
     )
-    disk_write_budget_gb_per_day: PositiveGigabytes | None = _unsupported(
+    disk_write_budget_gb_per_day: PositiveGigabytes | None = _supported(
         "DYN_KVBM_DISK_WRITE_BUDGET_GB_PER_DAY",
         None,
         "Most that is written to disk in a day. Unset: no limit.",
@@ -233,6 +233,14 @@ class Settings(BaseModel):
         size_gb, override = self.cpu_cache_gb, self.cpu_cache_override_num_blocks
         return tier_slots("DYN_KVBM_CPU_CACHE_GB", size_gb, override, bytes_per_block_all_ranks)
 
+    def staging_slots(self, bytes_per_block_all_ranks: int) -> int:
+        """Size of the host tier in slots where only a disk tier is configured.
+
+        Blocks pass through host memory on their way to and from disk.
+        """
+        wanted = max(STAGING_BLOCKS_MIN, STAGING_BYTES // bytes_per_block_all_ranks)
+        return min(wanted, self.disk_slots(bytes_per_block_all_ranks))
+
     def disk_slots(self, bytes_per_block_all_ranks: int) -> int:
         """Size of the disk tier in slots; see `kvbm.config.sizes.tier_slots`."""
         size_gb, override = self.disk_cache_gb, self.disk_cache_override_num_blocks
@@ -252,21 +260,21 @@ class Settings(BaseModel):
         Raises
         ------
         ConfigError
-            No tier that this version supports has a size.
+            No tier has a size.
         """
         sizes = [t for t in tunables() if t.field in _TIER_SIZES]
-        usable = [t for t in sizes if t.status is Status.SUPPORTED]
-        if any(getattr(self, t.field) > 0 for t in usable):
+        if any(getattr(self, t.field) > 0 for t in sizes):
             return
-        ignored = [t for t in sizes if t not in usable and getattr(self, t.field) > 0]
         text = "no cache tier is configured, so there is nowhere to offload KV blocks to. Set "
-        text += " or ".join(f"{t.variable} ({t.kind.allowed})" for t in usable)
+        text += " or ".join(f"{t.variable} ({t.kind.allowed})" for t in sizes)
         text += ": the total over all ranks, for example DYN_KVBM_CPU_CACHE_GB=20 or "
         text += "kv_connector_extra_config={'cpu_cache_gb': 20}."
-        for t in ignored:
-            text += f" {t.variable}={getattr(self, t.field)} alone is not enough: {t.status.value}."
         raise ConfigError(text)
 
+
+STAGING_BYTES = 1_000_000_000
+STAGING_BLOCKS_MIN = 64
+"""Host memory through which blocks pass where there is no host tier."""
 
 _TIER_SIZES = (
     "cpu_cache_gb",

@@ -151,7 +151,7 @@ class RankCopies:
         self._registered_end = 0
         self._usable = 0
         self._cuda: CudaDevice | None = None
-        copiers = [
+        self.copiers = [
             HostCopier(
                 geometry.address_table,
                 layout,
@@ -165,9 +165,9 @@ class RankCopies:
         ]
         self.backend: CopyBackend
         if device.kind == "cpu":
-            self.backend = HostBackend(copiers, checksum=checksum)
+            self.backend = HostBackend(self.copiers, checksum=checksum)
         else:
-            self.backend = self._open_cuda(device, geometries, copiers, checksum)
+            self.backend = self._open_cuda(device, geometries, self.copiers, checksum)
         self.backend.set_usable_slots(0)
 
     def _open_cuda(

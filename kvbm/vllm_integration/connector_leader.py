@@ -18,6 +18,7 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment, segment_bytes
 from kvbm.closing import close_at_exit
+from kvbm.disk_opening import DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
 from kvbm.hashing import (
     MultimodalItem,
@@ -34,6 +35,7 @@ from kvbm.metrics.exporter import start_exporter
 from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
+from kvbm.tiers.disk import slab_path
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.engine import (
@@ -133,9 +135,11 @@ class KvConnectorLeader:
         self._known: dict[str, KnownRequest] = {}
         remove_dead_private_instances()
         self.segment = self._open_segment(vllm_config)
-        self.leader = Leader(OperationTable(self.segment), self.block_tokens)
-        if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
-            self.leader.wait_for_workers(WARM_START_SECS)  # so that the first request finds it
+        table = OperationTable(self.segment)
+        disk = open_disk_tier(self.settings, table, self._disk_spec(), self._block_bytes)
+        self._disk = None if disk is None else disk[1]
+        self.leader = Leader(table, self.block_tokens, None if disk is None else disk[0])
+        self._wait_for_content()
         self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
         self._hits = CacheStats(
             self.engine_id,
@@ -148,6 +152,15 @@ class KvConnectorLeader:
             else None
         )
         close_at_exit(self, self.close)
+
+    def _wait_for_content(self) -> None:
+        """Where arenas or slabs hold content, the first request finds it."""
+        if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
+            self.leader.liveness.wait_for_workers(WARM_START_SECS)
+        slabs = self._disk_spec().slabs
+        if self._disk is not None and slabs and all(path.exists() for path in slabs):
+            self._disk.wait(WARM_START_SECS)
+            self.leader.liveness.wait_for_workers(WARM_START_SECS)
 
     def _priorities_allow_stores(self) -> bool:
         """Return whether anything is offloaded: vLLM gives no priorities, so that all are 0."""
@@ -165,7 +178,8 @@ class KvConnectorLeader:
             self.instance, self.ranks, self.settings.leader_worker_init_timeout_secs
         )
         per_block = sum(header.bytes_per_block for header in headers)
-        slots = self.settings.host_slots(per_block)
+        self._block_bytes = per_block
+        slots = self.settings.host_slots(per_block) or self.settings.staging_slots(per_block)
         spec = SegmentSpec(
             instance=self.instance,
             host_slots=slots,
@@ -175,6 +189,7 @@ class KvConnectorLeader:
             nonces=tuple(header.nonce for header in headers),
             mode=0o660 if self.settings.shm_group is not None else 0o600,
             group=self.settings.shm_group,
+            disk_slots=self.settings.disk_slots(per_block),
         )
         if all(nonce == 0 for nonce in spec.nonces):
             self.settings.check_shm_room(slots * per_block + segment_bytes(spec.shape))
@@ -188,6 +203,20 @@ class KvConnectorLeader:
             self.instance,
         )
         return segment
+
+    def _disk_spec(self) -> DiskSpec:
+        private = is_private(self.instance)
+        folder = self.settings.disk_cache_dir
+        return DiskSpec(
+            self.instance,
+            engine_key(self.engine_id),
+            tuple(
+                slab_path(folder, self.instance, rank)
+                for rank in range(0 if private else self.ranks)
+            ),
+            mode=0o660 if self.settings.shm_group is not None else 0o600,
+            group=self.settings.shm_group,
+        )
 
     def _fingerprint(
         self, vllm_config: "VllmConfig", headers: Sequence[ArenaHeader]
@@ -259,10 +288,11 @@ class KvConnectorLeader:
             group.keys = Keys(known.chain, 1, number)
         sequence.look_again()
 
-    def match(self, request: "Request", computed_tokens: int) -> int:
+    def match(self, request: "Request", computed_tokens: int) -> int | None:
         """Tokens beyond the device's own prefix that can be loaded: whole blocks, never the last.
 
-        The last token must be computed, since its logits are needed.
+        The last token must be computed, since its logits are needed. None: ask again, more is on
+        its way from disk.
         """
         if request.skip_reading_prefix_cache or computed_tokens % self.block_tokens != 0:
             return 0
@@ -272,7 +302,8 @@ class KvConnectorLeader:
             return 0
         sequence = self._sequence(request)
         self._known[request.request_id].asked = stop - start
-        return self.leader.match(sequence, start, stop) * self.block_tokens
+        blocks = self.leader.look_up(sequence, start, stop)
+        return None if blocks is None else blocks * self.block_tokens
 
     def allocated(
         self, request: "Request", block_ids: Sequence[Sequence[int]], external_tokens: int
@@ -331,6 +362,8 @@ class KvConnectorLeader:
         The step's message goes to the workers whatever happens here: it says which copies to stop
         and which loads to report.
         """
+        if self.leader.disk is not None:
+            self.leader.disk.prefill.step(output.total_num_scheduled_tokens)
         for request_id in self.leader.storing():
             self._per_request(request_id, self._note_preemption, request_id)
         for request_id in output.preempted_req_ids or ():
@@ -428,6 +461,8 @@ class KvConnectorLeader:
             if self._exporter is not None:
                 self._exporter.close()
             self.leader.close()
+            if self._disk is not None:
+                self._disk.close()
             close_and_remove(self.segment, self.instance)
             if is_private(self.instance):
                 # vLLM may end its workers after this, without asking them to close: the names go

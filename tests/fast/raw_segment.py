@@ -2,7 +2,7 @@
 """A second reader of the segment's bytes: offsets and bit positions written down again, in Python.
 
 It shares no code with kvbm/_fast, so a test that looks through it at what the compiled core did
-finds a wrong offset, a wrong bit and a broken invariant alike. The numbers are those of format 2 of
+finds a wrong offset, a wrong bit and a broken invariant alike. The numbers are those of format 3 of
 kvbm/_fast/layout.h.
 """
 

@@ -93,7 +93,7 @@ def test_the_header_is_where_it_has_always_been() -> None:
     with created(shape) as segment, RawSegment(segment.name) as reader:
         segment.set_ready_slots(1, 77)
         assert reader.u64(0) == 0x314D42564B304730
-        assert reader.u32(8) == FORMAT_VERSION == 2
+        assert reader.u32(8) == FORMAT_VERSION == 3
         assert [reader.u32(16 + 4 * i) for i in range(8)] == [300, 200, 100, 2, 16, 128, 1, 0]
         assert reader.u64(48) == segment.total_bytes
         assert reader.u64(56) == segment.nonce
@@ -291,7 +291,7 @@ def test_another_format_is_refused_with_both_numbers(offset: int, value: int) ->
         fault = fault_of(name)
     assert fault.kind == "version"
     assert f"{value}" in str(fault) or f"{value:#x}" in str(fault)
-    assert "this build needs 2/" in str(fault)
+    assert "this build needs 3/" in str(fault)
 
 
 @pytest.mark.parametrize("field", range(6))

@@ -113,7 +113,7 @@ class Connected:
         self.missing: set[int] = set()
         self.requests: dict[str, Request] = {}
         self.blocks: dict[str, list[int]] = {}
-        assert wait_until(self.side.leader._workers_ready, DEADLINE_S)
+        assert wait_until(self.side.leader.liveness.workers_ready, DEADLINE_S)
         slots = self.side.segment.shape.host_slots
         assert wait_until(lambda: self.side.segment.ready_slots(0) == slots, DEADLINE_S)
 

@@ -141,10 +141,13 @@ class DynamoConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens beyond `num_computed_tokens` that can be loaded; loading is asynchronous."""
+        """Tokens beyond `num_computed_tokens` that can be loaded; loading is asynchronous.
+
+        None: more is on its way from disk, vLLM asks again in its next step.
+        """
         assert self._leader is not None
         tokens = self._leader.match(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     @guarded(lambda: None)
     def update_state_after_alloc(

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+SLAB_HEADER: np.dtype[Any]
+
+def allocate_file(fd: int, count: int) -> int: ...
+def valid_headers(
+    table: Buffer, *, first: int = 0, rank: int, fingerprint: int, payload_bytes: int
+) -> NDArray[np.void]: ...

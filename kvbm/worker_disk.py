@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker side of the disk tier: open this rank's slab and run the threads that move its bytes.
+
+The slab is opened by a thread of its own, because reserving it may take long (zeros that have to be
+written). Until it is there the worker's loop has no disk, and the leader uses none.
+"""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvbm._fast.copy import HostCopier
+from kvbm._fast.disk_backend import PROBLEMS, DiskBackend
+from kvbm._fast.participants import set_disk_slots
+from kvbm._fast.segment import Segment
+from kvbm._fast.worker_loop import WorkerLoop
+from kvbm.config import Settings
+from kvbm.errors import SlabError
+from kvbm.tiers.disk import Slab, SlabFiles, Superblock
+
+logger = logging.getLogger(__name__)
+
+IO_THREADS = 8
+"""Reads or writes under way; enough for one fast device, whatever the size of a block."""
+
+END_SECS = 3.0
+"""How long reads and writes under way may take to end when the worker closes."""
+
+LOG_SECS = 10.0
+"""Least time between two log lines about failed reads and writes."""
+
+
+def slab_files(settings: Settings) -> SlabFiles:
+    """How the settings want slabs to be made."""
+    return SlabFiles(
+        folder=settings.disk_cache_dir,
+        direct=not settings.disk_disable_o_direct,
+        open_direct=settings.disk_allocator_type == "open-direct",
+        zerofill=settings.disk_zerofill_fallback,
+        mode=0o660 if settings.shm_group is not None else 0o600,
+        group=settings.shm_group,
+    )
+
+
+@dataclass(frozen=True)
+class DiskPlace:
+    """Whose slab it is.
+
+    Attributes
+    ----------
+    instance : str or None
+        Name of the instance; None for a slab without a name.
+    rank, ranks, block_bytes : int
+        Rank of the worker, how many there are, bytes of a block on this rank.
+    """
+
+    instance: str | None
+    rank: int
+    ranks: int
+    block_bytes: int
+
+
+class WorkerDisk:
+    """One rank's slab and its threads.
+
+    Parameters
+    ----------
+    files : SlabFiles
+        Where and how slabs are made.
+    place : DiskPlace
+        Whose it is.
+    segment : Segment
+        With the worker's line.
+    copiers : sequence of HostCopier
+        Where the host slots are.
+    loop : WorkerLoop
+        What gets the disk once it is there.
+    """
+
+    def __init__(
+        self,
+        files: SlabFiles,
+        place: DiskPlace,
+        segment: Segment,
+        copiers: Sequence[HostCopier],
+        loop: WorkerLoop,
+    ) -> None:
+        self._files = files
+        self._place = place
+        self._segment = segment
+        self._copiers = list(copiers)
+        self._loop = loop
+        self._closing = threading.Event()
+        self._slab: Slab | None = None
+        self._backend: DiskBackend | None = None
+        self._problems = 0
+        self._told_at = 0.0
+        self._threads = [
+            threading.Thread(target=self._open, name=f"kvbm-slab-{place.rank}", daemon=True)
+        ]
+        self._threads[0].start()
+
+    def _open(self) -> None:
+        try:
+            self._open_slab()
+        except SlabError as error:
+            if not self._closing.is_set():
+                # As text: whoever keeps the record keeps no frame of this.
+                logger.error("rank %d: there is no disk tier: %s", self._place.rank, str(error))
+        except Exception:
+            logger.exception("rank %d: there is no disk tier", self._place.rank)
+
+    def _open_slab(self) -> None:
+        place, slots = self._place, self._segment.shape.disk_slots
+        wanted = Superblock(
+            place.rank, place.ranks, slots, place.block_bytes, self._segment.fingerprint
+        )
+        self._slab = Slab(self._files, wanted, place.instance, self._closing.is_set)
+        self._backend = DiskBackend(
+            self._segment,
+            self._copiers,
+            data_fd=self._slab.data_fd,
+            table_fd=self._slab.table_fd,
+            layout=self._slab.layout,
+            fingerprint=wanted.short_fingerprint,
+            durable=self._slab.durable,
+            alignment=self._slab.alignment,
+        )
+        for number in range(IO_THREADS):
+            name = f"kvbm-disk-{place.rank}-{number}"
+            thread = threading.Thread(target=self._backend.serve, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        logger.info(
+            "rank %d: disk tier of %d blocks, %d bytes in %s%s%s",
+            place.rank,
+            slots,
+            self._slab.layout.total_bytes,
+            self._slab.path or f"a file without a name in {self._files.folder}",
+            ", with its content" if self._slab.adopted else "",
+            "; blocks go through a buffer, their pieces are not aligned"
+            if self._backend.bounces
+            else "",
+        )
+        if not self._closing.is_set():
+            self._loop.use_disk(self._backend)
+            set_disk_slots(self._segment, slots)
+
+    def report(self) -> None:
+        """Log what has failed since the last time; called now and then."""
+        if self._backend is None:
+            return
+        count, slot, problem = self._backend.problems()
+        now = time.monotonic()
+        if count == self._problems or now < self._told_at + LOG_SECS:
+            return
+        logger.warning(
+            "rank %d: %d blocks could not be moved from or to disk; the last one, slot %d: %s",
+            self._place.rank,
+            count - self._problems,
+            slot,
+            PROBLEMS.get(problem) or f"{os.strerror(problem)} ({errno.errorcode.get(problem)})",
+        )
+        self._problems, self._told_at = count, now
+
+    def close(self) -> bool:
+        """Stop the threads and close the slab; after the loop has returned. May be called twice.
+
+        Returns
+        -------
+        bool
+            False if a thread hangs in a read or write: what it may still touch must stay mapped.
+        """
+        self._closing.set()
+        deadline = time.monotonic() + END_SECS
+        self._threads[0].join(timeout=END_SECS)
+        if self._backend is not None:
+            self._backend.stop()
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        hanging = [thread.name for thread in self._threads if thread.is_alive()]
+        if hanging:
+            logger.error("%s hang on the disk; their memory stays mapped", ", ".join(hanging))
+            return False
+        self._backend = None
+        self._copiers = []
+        if self._slab is not None:
+            self._slab.close()
+            self._slab = None
+        return True

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host tier smaller than the traffic, a disk behind it: several lives of one instance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.vllm_lab.results import RunResult
+from bench.vllm_lab.settings import EngineSettings
+from bench.vllm_lab.workload import Chat, Replay, Send
+from kvbm._fast.segment import Segment
+from kvbm.instance import remove
+from kvbm.tiers.disk import read_slab, slab_path
+from tests.e2e.lab import LAST_TURN, TRAFFIC, Lab, assert_same_outputs, cached_tokens
+
+INSTANCE = f"e2e-disk-{os.getpid()}"
+HOST_BLOCKS = 40  # the device has 64, the traffic some hundreds
+DISK_BLOCKS = 600
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the slab is; what is in shared memory goes at the end."""
+    yield tmp_path_factory.mktemp("disk")
+    remove(INSTANCE)
+
+
+@pytest.fixture(scope="module")
+def settings(lab: Lab, folder: Path) -> EngineSettings:
+    """An engine of the instance that writes every block to disk."""
+    return lab.with_kvbm(
+        {
+            "DYN_KVBM_INSTANCE": INSTANCE,
+            "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": str(HOST_BLOCKS),
+            "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": str(DISK_BLOCKS),
+            "DYN_KVBM_DISK_CACHE_DIR": str(folder),
+            "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "1",
+        }
+    )
+
+
+def disk_counters() -> dict[str, int]:
+    """Counters of the instance's disk tier."""
+    segment = Segment.attach(f"/kvbm-{INSTANCE}.disk", writable=False)
+    try:
+        return segment.counters()
+    finally:
+        segment.close()
+
+
+def last_turn(lab: Lab) -> Send:
+    """The prompts of the last turn, one after the other."""
+    requests = lab.reference().of_turns(LAST_TURN).requests
+    return Send("last turn", lab.last_prompts(), len(requests[0].output), 1)
+
+
+@pytest.fixture(scope="module")
+def first_life(lab: Lab, settings: EngineSettings) -> tuple[RunResult, dict[str, int]]:
+    """The traffic, and all of it again."""
+    run = lab.run(settings, Chat("chat", TRAFFIC), Replay("again", "chat", latest_first=True))
+    return run, disk_counters()
+
+
+@pytest.fixture(scope="module")
+def after_a_reboot(
+    lab: Lab, settings: EngineSettings, first_life: object
+) -> tuple[RunResult, dict[str, int]]:
+    """The next engine, with nothing left in shared memory."""
+    remove(INSTANCE)
+    return lab.run(settings, last_turn(lab)), disk_counters()
+
+
+def test_what_left_the_host_comes_back_from_disk_with_equal_outputs(
+    lab: Lab, first_life: tuple[RunResult, dict[str, int]]
+) -> None:
+    run, disk = first_life
+    assert_same_outputs(lab.reference(), run["chat"], run["again"])
+    assert disk["blocks_stored"] > HOST_BLOCKS
+    assert disk["blocks_loaded"] > 0
+    assert (disk["stores_failed"], disk["loads_failed"]) == (0, 0)
+    assert run["again"].kvbm_counters["kvbm_errors"] == 0
+
+
+def test_most_of_what_the_host_forgot_is_reused(
+    first_life: tuple[RunResult, dict[str, int]],
+) -> None:
+    run, _ = first_life
+    reusable = sum(request.reusable_tokens for request in run["again"].requests)
+    assert cached_tokens(run["again"]) > 0.8 * reusable
+
+
+def test_after_a_reboot_the_first_request_is_served_from_disk(
+    lab: Lab, after_a_reboot: tuple[RunResult, dict[str, int]]
+) -> None:
+    run, disk = after_a_reboot
+    assert_same_outputs(lab.reference(), run["last turn"])
+    first = run["last turn"].requests[0]
+    assert first.cached_tokens >= 0.8 * (len(first.prompt) - 1) // 32 * 32 > 0
+    assert disk["blocks_loaded"] > 0
+    assert disk["loads_failed"] == 0
+
+
+def test_damaged_slots_are_recomputed_with_equal_outputs(
+    lab: Lab, settings: EngineSettings, folder: Path, after_a_reboot: object
+) -> None:
+    remove(INSTANCE)
+    path = slab_path(folder, INSTANCE, 0)
+    found = read_slab(path)
+    assert found is not None
+    layout = found[0].layout
+    with open(path, "r+b") as file:
+        for slot in found[1]["slot"][::3]:
+            file.seek(layout.data_offset + int(slot) * layout.stride + layout.payload_bytes // 2)
+            file.write(b"damaged")
+    run = lab.run(settings, last_turn(lab))
+    assert_same_outputs(lab.reference(), run["last turn"])
+    assert disk_counters()["loads_failed"] > 0
+
+
+def test_a_kill_while_blocks_are_written_leaves_right_blocks_only(
+    lab: Lab, settings: EngineSettings, folder: Path
+) -> None:
+    slab_path(folder, INSTANCE, 0).unlink()
+    remove(INSTANCE)
+    with lab.start(settings, [Chat("chat", TRAFFIC)]) as engine:
+        engine.wait_for(lambda message: message[0] == "request" and message[2] >= 8, 120.0)
+        engine.kill()
+    remove(INSTANCE)
+    found = read_slab(slab_path(folder, INSTANCE, 0))
+    assert found is not None
+    assert len(found[1]) > 0
+    run = lab.run(settings, last_turn(lab))
+    assert_same_outputs(lab.reference(), run["last turn"])
+    assert disk_counters()["loads_failed"] == 0
