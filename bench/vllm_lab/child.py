@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Run the phases in a fresh engine; the target of the process that the parent starts."""
     os.setsid()  # a group of its own, so that the parent can find and end all of its processes
-    _redirect_output(log)
+    redirect_output(log)
     settings.apply_environment()
     try:
         began = time.perf_counter()
@@ -60,7 +60,8 @@ def main(
         atexit._run_exitfuncs()
 
 
-def _redirect_output(log: Path) -> None:
+def redirect_output(log: Path) -> None:
+    """Send what this process writes to a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

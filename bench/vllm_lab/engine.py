@@ -100,7 +100,7 @@ class EngineRun:
         log: Path,
         on_message: Callable[[Message], None] | None = None,
     ) -> None:
-        context = _context()
+        context = fork_server()
         self._log = log
         self._on_message = on_message
         self._connection, theirs = context.Pipe(duplex=False)
@@ -225,7 +225,7 @@ class EngineRun:
 
 def cuda_available() -> bool:
     """Whether torch sees a CUDA device, asked in a process of its own."""
-    context = _context()
+    context = fork_server()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_report_cuda, args=(theirs,))
     process.start()
@@ -255,7 +255,8 @@ def _report_cuda(connection: Any) -> None:
     connection.send(torch.cuda.is_available())
 
 
-def _context() -> Any:
+def fork_server() -> Any:
+    """Multiprocessing context whose processes begin with vLLM imported."""
     context = multiprocessing.get_context("forkserver")
     on_cpu = "cpu" in (vllm_build() or "")
     context.set_forkserver_preload(PRELOAD + (PRELOAD_CPU_BUILD if on_cpu else []))

@@ -50,8 +50,12 @@ class Lab:
 
     def start(self, settings: EngineSettings, phases: Sequence[Phase]) -> EngineRun:
         """Start an engine; the caller ends it."""
+        return EngineRun(settings, phases, self.new_log())
+
+    def new_log(self) -> Path:
+        """File for the output of one more engine."""
         self._runs += 1
-        return EngineRun(settings, phases, self._folder / f"engine-{self._runs}.log")
+        return self._folder / f"engine-{self._runs}.log"
 
     def run(self, settings: EngineSettings, *phases: Phase) -> RunResult:
         """Run an engine to its end; if its cache is a private one, nothing of it may be left."""
