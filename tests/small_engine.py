@@ -23,6 +23,7 @@ from kvbm.disk_opening import DiskOpener, DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import engine_key, is_private, private_instance
 from kvbm.leader import Leader
+from kvbm.recorder import make_leader, open_recorder
 from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
@@ -162,7 +163,8 @@ class SmallEngine:
         place = DiskSpec(self.instance, engine_key(self.engine_id), tuple(slabs))
         block_bytes = sum(header.bytes_per_block for header in headers)
         tier, self.opener = open_disk_tier(self.settings, table, place, block_bytes) or (None, None)
-        self.leader = Leader(table, BLOCK_TOKENS, tier)
+        recorder = open_recorder(self.settings)
+        self.leader = make_leader(table, BLOCK_TOKENS, tier, recorder)
         return self.leader
 
     def wait_until_attached(self) -> None:

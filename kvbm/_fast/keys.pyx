@@ -104,3 +104,25 @@ cdef class Keys:
         self.set_epoch(epoch)
         self.digest(index, &pair[0], &pair[1])
         return PyBytes_FromStringAndSize(<char *>pair, 16), self.sequence_hash(index)
+
+    def sequence_hashes(self, start: int, stop: int) -> bytes:
+        """Sequence hashes of blocks `start` to `stop`, 8 bytes each in this machine's order.
+
+        Raises
+        ------
+        IndexError
+            There are not that many complete blocks.
+        ValueError
+            An engine's hash is not 16 bytes or more.
+        """
+        cdef Py_ssize_t i, first = start, last = stop
+        cdef uint64_t pair[2]
+        cdef uint64_t value
+        if not 0 <= first <= last <= self.count():
+            raise IndexError(f"blocks {first} to {last}: there are {self.count()} complete blocks")
+        found = PyBytes_FromStringAndSize(NULL, 8 * (last - first))
+        for i in range(first, last):
+            self.digest(i, &pair[0], &pair[1])
+            value = self.sequence_hash(i)
+            memcpy(PyBytes_AS_STRING(found) + 8 * (i - first), &value, 8)
+        return found

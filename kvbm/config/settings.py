@@ -196,13 +196,16 @@ class Settings(BaseModel):
     )
     metrics: Truthy = _supported("DYN_KVBM_METRICS", False, "Serve Prometheus metrics.")
     metrics_port: Port = _supported("DYN_KVBM_METRICS_PORT", 6880, "Port of the metrics.")
-    enable_record: Truthy = _unsupported(
-        "DYN_KVBM_ENABLE_RECORD", False, "Record the leader's calls."
+    enable_record: Truthy = _supported(
+        "DYN_KVBM_ENABLE_RECORD", False, "Record the leader's calls and what came of them."
     )
-    record_path: File = _unsupported(
+    record_path: File = _supported(
         "DYN_KVBM_RECORD_PATH",
         Path("/tmp/records.jsonl"),
         "File of the record, in JSON lines; emptied at start.",
+    )
+    record_max_gb: PositiveGigabytes = _supported(
+        "DYN_KVBM_RECORD_MAX_GB", 4.0, "Size at which the record ends."
     )
     kv_events_enable_consolidator: Truthy = _unsupported(
         "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kvbm.errors import ConfigError, KvbmError
 from kvbm.replay import synthetic, trace
-from kvbm.replay.manager import BLOCK_TOKENS, CAPACITY_MAX, Pace, replay
+from kvbm.replay.manager import CAPACITY_MAX, Pace, replay
 from kvbm.replay.policies import POLICIES
 
 UNITS = {"k": 1_000, "m": 1_000_000}
@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="hit rates of a trace at some capacities")
-    run.add_argument("trace", type=Path, metavar="TRACE", help="file in Mooncake's JSON lines")
+    run.add_argument(
+        "trace", type=Path, metavar="TRACE", help="file: Mooncake's JSON lines, or a record of kvbm"
+    )
     run.add_argument(
         "--capacity",
         type=capacities,
@@ -85,9 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--token-bytes", type=_positive, metavar="N", help="KV bytes a token, all ranks: adds GB"
-    )
-    run.add_argument(
-        "--block-tokens", type=_positive, default=BLOCK_TOKENS, metavar="N", help="of the trace"
     )
     run.add_argument("--alone", action="store_true", help="no other policies")
     run.add_argument("--plot", type=Path, metavar="FILE", help="picture: .svg, .png or .pdf")
@@ -123,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> None:
             hits = {name: policy(requests, capacity) for name, policy in others.items()}
             comparisons.append(report.Comparison(outcome, hits))
     size = arguments.token_bytes
-    block_bytes = None if size is None else size * arguments.block_tokens
+    block_bytes = None if size is None else size * requests.block_tokens
     if arguments.plot is not None:
         from kvbm.replay.plot import plot
 

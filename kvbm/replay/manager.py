@@ -17,7 +17,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,6 @@ from kvbm._fast.table import BlockTable
 from kvbm.replay.trace import Request, Trace
 
 CALLS = ("match", "reserve", "publish", "return")
-BLOCK_TOKENS = 512
 CAPACITY_MAX = 2**31
 
 _runs = count()
@@ -97,10 +96,10 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def _table(capacity: int) -> Iterator[BlockTable]:
+def _table(capacity: int, block_tokens: int) -> Iterator[BlockTable]:
     """Make a block table in a segment that has no name any more, so that nothing can be left."""
     name = f"/kvbm-replay-{os.getpid()}-{next(_runs)}"
-    shape = shape_for(capacity, 0, 1, BLOCK_TOKENS, True)
+    shape = shape_for(capacity, 0, 1, block_tokens, True)
     segment = Segment.create(name, shape, bytes(32), b"{}")
     posix_ipc.unlink_shared_memory(name)
     try:
@@ -116,7 +115,7 @@ class _Run:
 
     def __init__(self, table: BlockTable, trace: Trace) -> None:
         self.table = table
-        distinct = {block for request in trace.requests for block in request.blocks}
+        distinct = {block for r in trace.requests for block in (*r.blocks, *r.generated)}
         # Hashed once: an engine's block hashes exist, too, before the table is asked.
         self.digest = {b: hashlib.sha256(b"%d" % b).digest() for b in distinct}
         # When each running request ends, its number (ties in the order of arrival), its blocks.
@@ -142,12 +141,12 @@ class _Run:
         """Let a request arrive; it ends at `ends_s`."""
         table, clock = self.table, time.perf_counter_ns
         digest = self.digest
-        keys = Keys([digest[block] for block in request.blocks])
+        keys = Keys([digest[block] for block in chain(request.blocks, request.generated)])
         blocks = len(request.blocks)
         t0 = clock()
         hits, deepest = table.match(keys, 0, blocks)
         t1 = clock()
-        reserved = table.reserve(keys, hits, blocks, deepest)
+        reserved = table.reserve(keys, hits, len(keys), deepest)
         t2 = clock()
         refs = [ref for ref, _ in reserved]
         table.publish(refs)
@@ -156,7 +155,7 @@ class _Run:
         self.latency_ns["reserve"].append(t2 - t1)
         self.latency_ns["publish"].append(t3 - t2)
         self.hits += hits
-        self.skipped += blocks - hits - len(refs)
+        self.skipped += len(keys) - hits - len(refs)
         self.decisions.update(array("Q", [hits, *refs]))
         held = refs if deepest is None else [deepest, *refs]
         heapq.heappush(self.running, (ends_s, number, held))
@@ -184,7 +183,7 @@ def replay(
     if not 1 <= capacity <= CAPACITY_MAX:
         raise ValueError(f"capacity {capacity}: 1 to {CAPACITY_MAX} blocks")
     pace = pace or Pace()
-    with _table(capacity) as table:
+    with _table(capacity, trace.block_tokens) as table:
         run = _Run(table, trace)
         began = time.thread_time()
         for number, request in enumerate(trace.requests):

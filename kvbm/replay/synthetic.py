@@ -12,7 +12,7 @@ import heapq
 import random
 from itertools import count
 
-from kvbm.replay.trace import Request, Trace
+from kvbm.replay.trace import BLOCK_TOKENS, Request, Trace
 
 APPLICATIONS = 4
 SYSTEM_BLOCKS = (1, 12)
@@ -22,7 +22,7 @@ PAUSE_S = 90.0
 ARRIVAL_S = 0.5
 
 
-def conversations(requests: int, seed: int, block_tokens: int = 512) -> Trace:
+def conversations(requests: int, seed: int, block_tokens: int = BLOCK_TOKENS) -> Trace:
     """Make a trace.
 
     Parameters
@@ -55,4 +55,4 @@ def conversations(requests: int, seed: int, block_tokens: int = 512) -> Trace:
         made.append(Request(int(1000 * now), len(blocks) * block_tokens, output, blocks))
         if rng.random() < CONTINUES:
             heapq.heappush(waiting, (now + rng.expovariate(1 / PAUSE_S), next(numbers), blocks))
-    return Trace(f"conversations of seed {seed}", made)
+    return Trace(f"conversations of seed {seed}", made, block_tokens)

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Request traces in Mooncake's format.
+"""Request traces, in Mooncake's format or as `kvbm.recorder` has written them.
 
-One JSON object a line and request: ``timestamp`` (ms), ``input_length`` and ``output_length``
-(tokens), ``hash_ids`` (an id a block of the prompt; equal ids mean equal prefixes up to and
-including that block). From the FAST'25 release of https://github.com/kvcache-ai/Mooncake.
+Mooncake's: one JSON object a line and request: ``timestamp`` (ms), ``input_length`` and
+``output_length`` (tokens), ``hash_ids`` (an id a block of the prompt; equal ids mean equal prefixes
+up to and including that block). From the FAST'25 release of https://github.com/kvcache-ai/Mooncake.
+
+A record's blocks have their sequence hashes as ids, and those of the answer are known, too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvbm.errors import TraceError
+from kvbm.recorder import FORMAT
 
 
 class Request(NamedTuple):
@@ -27,12 +31,15 @@ class Request(NamedTuple):
         Lengths of prompt and answer.
     blocks : list of int
         Ids of the prompt's blocks, from the first on.
+    generated : tuple of int
+        Those of the answer's blocks, after them.
     """
 
     timestamp_ms: int
     input_tokens: int
     output_tokens: int
     blocks: list[int]
+    generated: tuple[int, ...] = ()
 
 
 class Trace(NamedTuple):
@@ -44,10 +51,13 @@ class Trace(NamedTuple):
         Where they come from.
     requests : list of Request
         At least one.
+    block_tokens : int
+        Tokens of a block.
     """
 
     name: str
     requests: list[Request]
+    block_tokens: int
 
     @property
     def references(self) -> int:
@@ -57,8 +67,11 @@ class Trace(NamedTuple):
     @property
     def distinct(self) -> int:
         """Blocks that differ: what an unbounded cache would hold at the end."""
-        return len({block for request in self.requests for block in request.blocks})
+        return len({block for r in self.requests for block in (*r.blocks, *r.generated)})
 
+
+BLOCK_TOKENS = 512
+"""Of Mooncake's traces; the format does not say."""
 
 FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 
@@ -84,14 +97,7 @@ def _request(line: str) -> Request:
     return Request(timestamp, lengths[0], lengths[1], blocks)
 
 
-def parse(lines: Iterable[str], name: str) -> Trace:
-    """Read a trace from its lines.
-
-    Raises
-    ------
-    TraceError
-        Names the first line that is not a request, or not in the order of time.
-    """
+def _mooncake(lines: Iterable[str], name: str) -> Trace:
     requests: list[Request] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -106,9 +112,61 @@ def parse(lines: Iterable[str], name: str) -> Trace:
         except ValueError as error:
             raise TraceError(f"{name}, line {number}: {error}") from None
         requests.append(request)
-    if not requests:
+    return Trace(name, requests, BLOCK_TOKENS)
+
+
+def _recorded(first: dict[str, Any], lines: Iterable[str], name: str) -> Trace:
+    """Read a record; its last line may be torn, since the engine may have been killed."""
+    if first.get("format") != FORMAT:
+        raise TraceError(
+            f"{name} is a record of format {first.get('format')}; this version reads {FORMAT}"
+        )
+    tokens = int(first["block_tokens"])
+    requests: list[Request] = []
+    running: dict[str, int] = {}
+    torn = 0
+    for number, line in enumerate(lines, 2):
+        if torn:
+            raise TraceError(f"{name}, line {torn}: not an event, and not the last line")
+        try:
+            entry = json.loads(line)
+            if entry["event"] == "request":
+                running[entry["request"]] = len(requests)
+                blocks = entry["blocks"]
+                requests.append(Request(int(entry["t_ms"]), len(blocks) * tokens, 0, blocks))
+            elif entry["event"] == "finish" and entry["request"] in running:
+                index = running.pop(entry["request"])
+                request = requests[index]
+                generated = tuple(entry["blocks"][len(request.blocks) :])
+                requests[index] = request._replace(
+                    output_tokens=len(generated) * tokens, generated=generated
+                )
+        except (ValueError, KeyError, TypeError):
+            torn = number
+    return Trace(name, requests, tokens)
+
+
+def parse(lines: Iterable[str], name: str) -> Trace:
+    """Read a trace or a record from its lines.
+
+    Raises
+    ------
+    TraceError
+        Names the first line that is not a request, or not in the order of time.
+    """
+    lines = iter(lines)
+    first = next(lines, "")
+    try:
+        begin = json.loads(first)
+    except ValueError:
+        begin = None
+    if isinstance(begin, dict) and begin.get("event") == "begin":
+        trace = _recorded(begin, lines, name)
+    else:
+        trace = _mooncake(chain([first], lines), name)
+    if not trace.requests:
         raise TraceError(f"{name} has no request")
-    return Trace(name, requests)
+    return trace
 
 
 def read(path: Path) -> Trace:
@@ -127,6 +185,6 @@ def read(path: Path) -> Trace:
 
 
 def lines(trace: Trace) -> Iterator[str]:
-    """Write a trace: the inverse of `parse`."""
+    """Write a trace in Mooncake's format."""
     for request in trace.requests:
-        yield json.dumps(dict(zip(FIELDS, request, strict=True))) + "\n"
+        yield json.dumps(dict(zip(FIELDS, request, strict=False))) + "\n"

@@ -32,6 +32,7 @@ from kvbm.instance import engine_key, is_private, remove, remove_dead_private_in
 from kvbm.leader import Leader
 from kvbm.metrics.cache_stats import CacheStats
 from kvbm.metrics.exporter import start_exporter
+from kvbm.recorder import make_leader, open_recorder
 from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
@@ -134,11 +135,7 @@ class KvConnectorLeader:
         )
         self._known: dict[str, KnownRequest] = {}
         remove_dead_private_instances()
-        self.segment = self._open_segment(vllm_config)
-        table = OperationTable(self.segment)
-        disk = open_disk_tier(self.settings, table, self._disk_spec(), self._block_bytes)
-        self._disk = None if disk is None else disk[1]
-        self.leader = Leader(table, self.block_tokens, None if disk is None else disk[0])
+        self.leader = self._open_leader(vllm_config)
         self._wait_for_content()
         self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
         self._hits = CacheStats(
@@ -152,6 +149,15 @@ class KvConnectorLeader:
             else None
         )
         close_at_exit(self, self.close)
+
+    def _open_leader(self, vllm_config: "VllmConfig") -> Leader:
+        """Open the segment, and the record if there is to be one."""
+        recorder = open_recorder(self.settings)  # it may be refused: before anything is made
+        self.segment = self._open_segment(vllm_config)
+        table = OperationTable(self.segment)
+        disk = open_disk_tier(self.settings, table, self._disk_spec(), self._block_bytes)
+        self._disk = disk[1] if disk else None
+        return make_leader(table, self.block_tokens, disk[0] if disk else None, recorder)
 
     def _wait_for_content(self) -> None:
         """Where arenas or slabs hold content, the first request finds it."""

@@ -81,6 +81,7 @@ EXPECTED: dict[str, tuple[Any, list[tuple[str, Any]], list[str]]] = {
     "DYN_KVBM_METRICS_PORT": (6880, PORTS, NO_PORTS),
     "DYN_KVBM_ENABLE_RECORD": (False, WORDS, NO_WORDS),
     "DYN_KVBM_RECORD_PATH": (Path("/tmp/records.jsonl"), [("r.jsonl", Path("r.jsonl"))], []),
+    "DYN_KVBM_RECORD_MAX_GB": (4.0, [("0.5", 0.5), ("100", 100.0)], ["0", "-1", "inf", "x"]),
     "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR": (True, WORDS, NO_WORDS),
     "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": (
         "dedup",

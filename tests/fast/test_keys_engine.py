@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block hashes of the engine as keys: what is read of each, and that they are read in place."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm._fast.hashing import digest_for_epoch, digest_for_group
 from kvbm._fast.keys import Keys
+from tests.fast.instances import digests
 
 ENGINE_HASHES = st.lists(st.binary(min_size=16, max_size=40), max_size=40)
 NUMBERS = st.integers(0, 2**32 - 1)
@@ -71,3 +73,16 @@ def test_a_mix_of_another_size_is_refused() -> None:
 def test_a_source_that_is_neither_list_nor_chain_is_refused() -> None:
     with pytest.raises(TypeError, match="list of bytes or a DigestChain, not tuple"):
         Keys((b"a" * 32,))  # type: ignore[arg-type]
+
+
+def test_sequence_hashes_in_bulk_are_those_of_the_blocks() -> None:
+    keys = Keys(digests(5))
+    found = np.frombuffer(keys.sequence_hashes(1, 4), np.uint64).tolist()
+    assert found == [keys.identity(index)[1] for index in (1, 2, 3)]
+    assert keys.sequence_hashes(2, 2) == b""
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 6)])
+def test_sequence_hashes_outside_of_the_blocks_are_refused(start: int, stop: int) -> None:
+    with pytest.raises(IndexError, match="there are 5 complete blocks"):
+        Keys(digests(5)).sequence_hashes(start, stop)

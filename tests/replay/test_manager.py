@@ -41,7 +41,7 @@ def test_each_reference_is_a_hit_or_stored_or_not_stored() -> None:
 def test_blocks_of_running_requests_are_not_evicted() -> None:
     long_answer = Request(0, 1024, 1000, [1, 2])
     others = [Request(1 + i, 512, 0, [10 + i]) for i in range(3)]
-    trace = Trace("t", [long_answer, *others, Request(10, 1024, 0, [1, 2])])
+    trace = Trace("t", [long_answer, *others, Request(10, 1024, 0, [1, 2])], 512)
     assert replay(trace, 2).hits == 0
     held = replay(trace, 2, Pace(decode_ms=1))
     assert (held.hits, held.skipped) == (2, 3)
@@ -64,3 +64,10 @@ def test_progress_adds_up_to_all_references() -> None:
 def test_an_impossible_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity 0: 1 to"):
         replay(TRACE, 0)
+
+
+def test_blocks_of_answers_are_stored_and_hits_are_counted_on_prompts() -> None:
+    first = Request(0, 512, 512, [1], (2,))
+    second = Request(9, 1536, 0, [1, 2, 3])
+    outcome = replay(Trace("t", [first, second], 512), 10)
+    assert (outcome.references, outcome.hits, outcome.stored) == (4, 2, 3)

@@ -11,7 +11,7 @@ from kvbm.replay.trace import Request, Trace
 
 
 def trace_of(*chains: list[int]) -> Trace:
-    return Trace("t", [Request(i, 0, 0, chain) for i, chain in enumerate(chains)])
+    return Trace("t", [Request(i, 0, 0, chain) for i, chain in enumerate(chains)], 16)
 
 
 def test_only_the_leading_run_of_a_request_counts() -> None:
