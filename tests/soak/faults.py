@@ -18,6 +18,7 @@ from tests.e2e.load_faults import arena_of
 
 Fault = Callable[[Driver, Random], AbstractContextManager[None]]
 SLOTS_HIT = 3
+HIT_BYTES = 8192
 ON_THE_WORKER = {"damaged_bytes", "damaged_slot_headers", "reporting_raises"}
 
 
@@ -36,10 +37,11 @@ def _slots(driver: Driver, choose: Random) -> list[int]:
 
 @contextmanager
 def damaged_bytes(driver: Driver, choose: Random) -> Iterator[None]:
-    """One byte of a few slots is another one."""
+    """Some KV rows of a few slots are others, so that outputs would change if they were used."""
     memory, layout = arena_of(driver)
     for slot in _slots(driver, choose):
-        memory[layout.offset(slot, 0)] ^= 0xFF
+        start = layout.offset(slot, 0)
+        memory[start : start + HIT_BYTES] = memory[start : start + HIT_BYTES][::-1]
     yield
 
 
