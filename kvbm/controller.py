@@ -30,17 +30,17 @@ from kvbm._fast.recovery import recover
 from kvbm._fast.segment import MAX_LEADERS, Segment, SegmentFault
 from kvbm._fast.table import BlockTable
 from kvbm.block_manager.pool import BlockPoolStatus, ResetBlocksResponse, reset_registered
+from kvbm.config import load_settings
 from kvbm.errors import (
     KvbmError,
     ResetError,
     SegmentAccessDenied,
-    SegmentCorrupt,
     SegmentNotFound,
     TooManyLeaders,
     UnsupportedCacheLevel,
-    VersionMismatch,
 )
 from kvbm.instance import instances, segment_name
+from kvbm.shared import fault_error
 
 __all__ = ["BlockManagerClient", "BlockPoolStatus", "ResetBlocksResponse", "main"]
 
@@ -68,25 +68,26 @@ class BlockManagerClient:
     ----------
     instance : str
         As `DYN_KVBM_INSTANCE` names it, or a private one as `instances` lists it.
+    group : int, optional
+        Group id whose members are trusted beside this process's user (`DYN_KVBM_SHM_GROUP`).
     """
 
-    def __init__(self, instance: str) -> None:
+    def __init__(self, instance: str, group: int | None = None) -> None:
         self.instance = instance
+        self.group = group
 
     @contextmanager
     def _attached(self, writable: bool) -> Iterator[Segment]:
         name = segment_name(self.instance)
         try:
-            segment = Segment.attach(name, writable)
+            segment = Segment.attach(name, writable, self.group)
         except FileNotFoundError:
             there = ", ".join(sorted(instances())) or "none"
             raise SegmentNotFound(name, f"instances on this host: {there}") from None
-        except PermissionError:
-            raise SegmentAccessDenied(name, "it belongs to another user") from None
+        except PermissionError as error:
+            raise SegmentAccessDenied(name, error.strerror or "") from None
         except SegmentFault as fault:
-            if fault.kind == "version":
-                raise VersionMismatch(name, "another", str(fault)) from None
-            raise SegmentCorrupt(name, str(fault)) from None
+            raise fault_error(name, fault) from None
         try:
             yield segment
         finally:
@@ -214,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 def _answer(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.command == "list":
         return {"instances": sorted(instances())}
-    client = BlockManagerClient(arguments.instance)
+    client = BlockManagerClient(arguments.instance, load_settings().shm_group)
     commands: dict[str, Callable[[], dict[str, object]]] = {
         "status": lambda: _as_dict(client.status(arguments.level)),
         "reset": lambda: {"given_back": client.reset_pool(arguments.level, force=arguments.force)},

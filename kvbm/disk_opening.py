@@ -49,14 +49,13 @@ class DiskSpec:
         Key of the engine.
     slabs : tuple of Path
         One a rank; empty for slabs without names.
-    mode, group : int, int or None
-        Permission bits and group of the segment.
+    group : int or None
+        Group id whose members may use it, too.
     """
 
     instance: str
     engine: int
     slabs: tuple[Path, ...]
-    mode: int = 0o600
     group: int | None = None
 
 
@@ -140,7 +139,6 @@ class DiskOpener:
             block_tokens=self._main.shape.block_tokens,
             fingerprint=Fingerprint(values),
             nonces=(),
-            mode=self._spec.mode,
             group=self._spec.group,
         )
 

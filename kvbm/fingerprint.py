@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from kvbm._fast.segment import FORMAT_VERSION
+
+SHOWN_CHARACTERS = 48
+"""Of a value, in a message about two fingerprints that differ."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -36,6 +40,47 @@ class Fingerprint:
     def digest(self) -> bytes:
         """32 bytes; BLAKE2b of the description."""
         return hashlib.blake2b(self.description, digest_size=32).digest()
+
+
+def differences(found: bytes, wanted: bytes) -> tuple[str, str]:
+    """Return what differs between two descriptions, and nothing else, for one line of a message.
+
+    Parameters
+    ----------
+    found, wanted : bytes
+        Descriptions. The one that was found may be anything.
+
+    Returns
+    -------
+    tuple of str
+        `name=value` of what differs, in the first and in the second.
+    """
+    theirs, ours = _values(found), _values(wanted)
+    names = [n for n in sorted({*theirs, *ours}) if theirs.get(n, _NONE) != ours.get(n, _NONE)]
+    if not names:  # cut off, or scribbled on
+        return _shown(found.decode(errors="replace")), _shown(wanted.decode())
+    return (
+        ", ".join(f"{name}={_shown(theirs.get(name, _NONE))}" for name in names),
+        ", ".join(f"{name}={_shown(ours.get(name, _NONE))}" for name in names),
+    )
+
+
+_NONE = "(none)"
+
+
+def _values(description: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(description)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    """Text of a value, on one line and not too long."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
 def weights_version(model: str, revision: str | None) -> str:

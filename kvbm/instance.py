@@ -15,19 +15,17 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
-
-import posix_ipc
 
 from kvbm._fast.locks import try_lock
+from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "kvbm-"
 PRIVATE = re.compile(r"p-[0-9a-f]{16}")
 _OBJECT_SUFFIX = re.compile(r"\.(?:host\.\d+|disk)$")
+_ARENA_SUFFIX = re.compile(r"\.host\.(\d+)$")
 
 
 def engine_key(engine_id: str) -> int:
@@ -77,14 +75,15 @@ def _exclusive(names: list[str]) -> Iterator[bool]:
         alone = True
         for name in names:
             try:
-                fd = os.open(SHARED_MEMORY / name.lstrip("/"), os.O_RDWR | os.O_CLOEXEC)
+                fd = open_object(name, trusted=False)  # for its lock and its name alone
             except FileNotFoundError:
                 continue
             except PermissionError:
                 alone = False
                 break
             fds.append(fd)
-            if not try_lock(fd, LOCK_USERS_OFFSET, exclusive=True):
+            ours = os.fstat(fd).st_uid == os.geteuid()
+            if not ours or not try_lock(fd, LOCK_USERS_OFFSET, exclusive=True):
                 alone = False
                 break
         yield alone
@@ -114,8 +113,18 @@ def remove_if_unused(instance: str) -> bool:
 def remove(instance: str) -> None:
     """Remove the names of an instance; who has its objects open keeps them."""
     for name in instances().get(instance, []):
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(object_path(name))
+
+
+def remove_ranks_from(instance: str, ranks: int) -> None:
+    """Remove arenas of rank `ranks` and above unless somebody uses them."""
+    for name in instances().get(instance, []):
+        rank = _ARENA_SUFFIX.search(name)
+        if rank is not None and int(rank[1]) >= ranks:
+            with _exclusive([name]) as alone:
+                if alone:
+                    os.unlink(object_path(name))
 
 
 def remove_dead_private_instances() -> list[str]:

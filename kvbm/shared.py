@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening an instance's segment: create it, adopt one that fits, or say why neither is possible."""
 
-import contextlib
 import logging
+import os
 import time
 from dataclasses import dataclass
 
-import posix_ipc
-
+from kvbm._fast.locks import try_lock
+from kvbm._fast.objects import object_path, open_object
 from kvbm._fast.participants import claim_leader, participants
 from kvbm._fast.recovery import recover
-from kvbm._fast.segment import MAX_LEADERS, Segment, SegmentFault, Shape, shape_for
+from kvbm._fast.segment import (
+    FORMAT,
+    LOCK_USERS_OFFSET,
+    MAX_LEADERS,
+    Segment,
+    SegmentFault,
+    Shape,
+    shape_for,
+)
 from kvbm.errors import (
     FingerprintMismatch,
     SegmentAccessDenied,
@@ -20,8 +28,8 @@ from kvbm.errors import (
     TooManyLeaders,
     VersionMismatch,
 )
-from kvbm.fingerprint import Fingerprint
-from kvbm.instance import is_private, remove_if_unused, segment_name
+from kvbm.fingerprint import Fingerprint, differences
+from kvbm.instance import is_private, remove_if_unused, remove_ranks_from, segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +54,8 @@ class SegmentSpec:
         What must be equal for cached bytes to be reusable.
     nonces : tuple of int
         Of the content of each rank's arena.
-    mode, group : int, int or None
-        Permission bits and group of the object.
+    group : int or None
+        Group id whose members may use it, too.
     disk_slots : int
         Size of the disk tier, for the workers; its blocks have a segment of their own.
     """
@@ -58,7 +66,6 @@ class SegmentSpec:
     block_tokens: int
     fingerprint: Fingerprint
     nonces: tuple[int, ...]
-    mode: int = 0o600
     group: int | None = None
     disk_slots: int = 0
 
@@ -84,7 +91,7 @@ def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:
     TooManyLeaders
         All leader slots are taken.
     SegmentAccessDenied
-        It belongs to another user.
+        It belongs to another user, or others may write it.
     """
     segment = _adopt(spec) or _create(spec)
     try:
@@ -111,9 +118,10 @@ def _create(spec: SegmentSpec) -> Segment:
                 spec.shape,
                 spec.fingerprint.digest,
                 spec.fingerprint.description,
-                spec.mode,
                 spec.group,
             )
+        except PermissionError as error:
+            raise SegmentAccessDenied(name, error.strerror or "") from None
         except FileExistsError:  # another engine was faster
             segment = _adopt(spec)
             if segment is not None:
@@ -122,16 +130,19 @@ def _create(spec: SegmentSpec) -> Segment:
                 raise SegmentInUse(name, "it can neither be attached nor replaced") from None
 
 
-def _attach_when_ready(name: str) -> Segment | None:
-    """Attach; None if there is nothing. Waits for a creator that is at work, for a bounded time."""
+def fault_error(name: str, fault: SegmentFault) -> SegmentError:
+    """Return the error for an object that cannot be attached, which names both formats."""
+    if fault.kind == "version":
+        return VersionMismatch(name, fault.found, FORMAT)
+    return SegmentCorrupt(name, str(fault))
+
+
+def _attach_when_ready(name: str, group: int | None) -> Segment:
+    """Attach; waits for a creator that is at work, for a bounded time."""
     deadline = time.monotonic() + CREATOR_SECS
     while True:
         try:
-            return Segment.attach(name)
-        except FileNotFoundError:
-            return None
-        except PermissionError:
-            raise SegmentAccessDenied(name, "it belongs to another user") from None
+            return Segment.attach(name, group=group)
         except SegmentFault as fault:
             if fault.kind != "not ready" or time.monotonic() > deadline:
                 raise
@@ -139,50 +150,71 @@ def _attach_when_ready(name: str) -> Segment | None:
 
 
 def _adopt(spec: SegmentSpec) -> Segment | None:
-    """Existing segment if its content is usable; None after removing one that is not."""
+    """Existing segment if its content is usable; None if there is none, or none any more."""
+    name = segment_name(spec.instance)
+    while True:  # each turn more means that another engine has replaced the object meanwhile
+        try:
+            # Opened before it is looked at, so that what is removed is what was looked at.
+            fd = open_object(name, group=spec.group)
+        except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            raise SegmentAccessDenied(name, error.strerror or "") from None
+        try:
+            segment, problem = _look_at(spec)
+            if segment is not None:
+                return segment
+            if problem is not None:
+                _remove_unused(fd, spec, problem)
+        finally:
+            os.close(fd)
+
+
+def _look_at(spec: SegmentSpec) -> tuple[Segment | None, SegmentError | None]:
+    """Segment if it can be used, else why not; neither if it has gone meanwhile."""
     name = segment_name(spec.instance)
     try:
-        segment = _attach_when_ready(name)
+        segment = _attach_when_ready(name, spec.group)
+    except FileNotFoundError:
+        return None, None
     except SegmentFault as fault:
-        error: SegmentError = (
-            VersionMismatch(name, "another", str(fault))
-            if fault.kind == "version"
-            else SegmentCorrupt(name, str(fault))
-        )
-        _replace(name, error)
-        return None
-    if segment is None:
-        return None
+        return None, fault_error(name, fault)
     problem = _misfit(segment, spec)
     if problem is None:
-        return segment
-    in_use = _in_use(segment)
+        return segment, None
     segment.close()
-    if in_use:
-        raise problem
-    _replace(name, problem)
-    return None
+    return None, problem
 
 
-def _in_use(segment: Segment) -> bool:
-    """Return whether somebody stays attached.
+def _remove_unused(fd: int, spec: SegmentSpec, problem: SegmentError) -> None:
+    """Remove a segment that cannot be used, and arenas that its successor has no ranks for.
 
-    Workers that look for their leader (our own, at this moment) attach again and again for an
-    instant; who uses the segment is there each time.
+    The other arenas stay: our workers have opened them, and they get the successor's nonce. Workers
+    that look for their leader (our own, at this moment) attach again and again for an instant; who
+    uses the segment is there each time, and then the problem is raised.
     """
     deadline = time.monotonic() + USER_SECS
-    while segment.has_other_users():
+    name = segment_name(spec.instance)
+    while not try_lock(fd, LOCK_USERS_OFFSET, exclusive=True):
+        if os.fstat(fd).st_nlink == 0:
+            return
         if time.monotonic() > deadline:
-            return True
+            raise problem from SegmentInUse(
+                name, "end that engine, or give this one another DYN_KVBM_INSTANCE"
+            )
         time.sleep(0.001)
-    return False
+    if os.fstat(fd).st_nlink > 0:  # nobody else removes it while the lock is held
+        logger.warning("cached content is not used, starting clean: %s", problem)
+        os.unlink(object_path(name))
+        remove_ranks_from(spec.instance, spec.ranks)
 
 
 def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:
     """Why this content cannot be used; None if it can."""
     if segment.fingerprint != spec.fingerprint.digest:
-        found = segment.description.decode(errors="replace")
-        return FingerprintMismatch(segment.name, found, spec.fingerprint.description.decode())
+        return FingerprintMismatch(
+            segment.name, *differences(segment.description, spec.fingerprint.description)
+        )
     if segment.shape != spec.shape:
         return SegmentInUse(
             segment.name, f"it has the sizes {segment.shape}, wanted are {spec.shape}"
@@ -192,13 +224,6 @@ def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:
     if any(nonce != segment.nonce and not (unmarked and nonce == 0) for nonce in spec.nonces):
         return SegmentCorrupt(segment.name, "an arena does not belong to it")
     return None
-
-
-def _replace(name: str, problem: SegmentError) -> None:
-    """Remove the segment alone: our workers use the arenas, which get its successor's nonce."""
-    logger.warning("cached content is not used, starting clean: %s", problem)
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_shared_memory(name)
 
 
 def close_and_remove(segment: Segment, instance: str) -> None:

@@ -92,7 +92,10 @@ class KvbmLeader:
         """
         if self._headers is None:
             headers = wait_for_headers(
-                self.instance, self.world_size, self.settings.leader_worker_init_timeout_secs
+                self.instance,
+                self.world_size,
+                self.settings.leader_worker_init_timeout_secs,
+                self.settings.shm_group,
             )
             for header in headers:
                 if header.ranks != self.world_size:
@@ -168,7 +171,6 @@ def open_segment(
             }
         ),
         nonces=tuple(header.nonce for header in headers),
-        mode=0o660 if settings.shm_group is not None else 0o600,
         group=settings.shm_group,
     )
     if host_slots is None and all(nonce == 0 for nonce in spec.nonces):

@@ -112,7 +112,6 @@ class Worker:
                 geometry=bytes.fromhex(geometries[0].fingerprint())[:32].ljust(32, b"\0"),
             ),
             exclusive=is_private(place.instance),
-            mode=0o660 if settings.shm_group is not None else 0o600,
             group=settings.shm_group,
         )
         self.segment: Segment | None = None
@@ -153,25 +152,29 @@ class Worker:
         """Attach to the leader's segment once it is there, and take this rank's line."""
         deadline = time.monotonic() + self.settings.leader_worker_init_timeout_secs
         name = segment_name(self.place.instance)
+        problem = "there is none"
         key = engine_key(self.place.engine_id)
         while not self._closing.is_set():
             segment: Segment | None = None
             try:
-                segment = Segment.attach(name)
+                segment = Segment.attach(name, group=self.settings.shm_group)
                 leader = find_leader(segment, key)
                 if leader is not None:
                     claim_worker(segment, leader, self.place.rank, key)
                     return segment
-            except (FileNotFoundError, SegmentFault):
-                pass  # not there yet, or about to be replaced
+                problem = "none of its leaders is this engine's"
+            except (OSError, SegmentFault) as error:  # not there yet, or about to be replaced
+                problem = str(error)
             if segment is not None:
                 segment.close()
             if time.monotonic() > deadline:
                 logger.error(
-                    "rank %d: no leader in %s after DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS=%s",
+                    "rank %d: no leader in %s after DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS=%s: "
+                    "%s",
                     self.place.rank,
                     name,
                     self.settings.leader_worker_init_timeout_secs,
+                    problem,
                 )
                 return None
             self._closing.wait(_POLL_SECS)

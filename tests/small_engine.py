@@ -142,7 +142,8 @@ class SmallEngine:
 
     def start_leader(self) -> Leader:
         """Open the segment and begin to lead."""
-        headers = wait_for_headers(self.instance, self.ranks, DEADLINE_S)
+        group = self.settings.shm_group
+        headers = wait_for_headers(self.instance, self.ranks, DEADLINE_S, group)
         spec = SegmentSpec(
             instance=self.instance,
             host_slots=self.host_slots,
@@ -151,6 +152,7 @@ class SmallEngine:
             fingerprint=Fingerprint({"geometry": [h.geometry.hex() for h in headers]}),
             nonces=tuple(header.nonce for header in headers),
             disk_slots=self.settings.disk_cache_override_num_blocks,
+            group=group,
         )
         self.segment = open_as_leader(spec, engine_key(self.engine_id))
         self.raw = RawSegment(self.segment.name)

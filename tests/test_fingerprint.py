@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvbm._fast.segment import FORMAT_VERSION
-from kvbm.fingerprint import Fingerprint, weights_version
+from kvbm.fingerprint import SHOWN_CHARACTERS, Fingerprint, differences, weights_version
 
 VALUES: dict[str, Any] = {"model": "m", "dtype": "float16", "ranks": 2, "geometry": ["a", "b"]}
 
@@ -55,3 +55,27 @@ def test_weights_of_a_folder_are_other_ones_once_a_file_was_replaced(tmp_path: P
 def test_weights_of_a_name_are_its_revision() -> None:
     assert weights_version("no/such-model", "abc") == "abc"
     assert weights_version("no/such-model", None) == "default"
+
+
+def test_only_what_differs_is_shown() -> None:
+    changed = {**VALUES, "dtype": "bfloat16", "ranks": 4, "new": None}
+    del changed["model"]
+    found, wanted = differences(Fingerprint(VALUES).description, Fingerprint(changed).description)
+    assert found == "dtype=float16, model=m, new=(none), ranks=2"
+    assert wanted == "dtype=bfloat16, model=(none), new=null, ranks=4"
+
+
+def test_a_long_value_is_cut_off() -> None:
+    long = Fingerprint({**VALUES, "model": "x" * 10_000})
+    found, wanted = differences(Fingerprint(VALUES).description, long.description)
+    assert found == "model=m"
+    assert len(wanted) == len("model=") + SHOWN_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    "found", [b"", b"{", b"\xff\xfe", b"[1]", b"1", b"[" * 2000, b'{"model":"\x00\n"}']
+)
+def test_a_description_that_is_none_is_shown_as_far_as_it_goes(found: bytes) -> None:
+    shown, wanted = differences(found, Fingerprint(VALUES).description)
+    assert f"{shown}{wanted}".isprintable()
+    assert "model=m" in wanted

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
+from kvbm._fast.objects import SHARED_MEMORY, object_path
 from kvbm.instance import (
-    SHARED_MEMORY,
     arena_name,
     engine_key,
     instances,
@@ -121,3 +122,40 @@ def test_an_object_that_lost_its_name_is_made_anew(private: str) -> None:
     assert (SHARED_MEMORY / arena_name(private, 0).lstrip("/")).exists()
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "folder"])
+def test_what_somebody_planted_under_a_private_name_disturbs_no_start(
+    private: str, tmp_path: Path, what: str
+) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    path = object_path(segment_name(private))
+    if what == "link":
+        path.symlink_to(target)
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    try:
+        assert private not in remove_dead_private_instances()
+        assert path.is_symlink() or path.exists()
+    finally:
+        if what == "folder":
+            path.rmdir()
+    assert target.read_bytes() == b"precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_what_belongs_to_another_user_is_left_to_him(private: str) -> None:
+    path = object_path(segment_name(private))
+    path.write_bytes(b"")
+    os.chown(path, 65534, 65534)
+    assert private not in remove_dead_private_instances()
+    assert path.exists()
+
+
+def test_what_a_group_may_use_is_removed_by_its_owner(private: str) -> None:
+    HostArena(private, HEADER, exclusive=True, group=os.getgid()).close()
+    assert private in remove_dead_private_instances()
+    assert private not in instances()

@@ -11,14 +11,19 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-import posix_ipc
 import pytest
 
 import kvbm.shared
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import MAX_LEADERS, Segment, SegmentFault
-from kvbm.errors import FingerprintMismatch, SegmentInUse, TooManyLeaders
+from kvbm.errors import (
+    FingerprintMismatch,
+    SegmentAccessDenied,
+    SegmentInUse,
+    TooManyLeaders,
+)
 from kvbm.fingerprint import Fingerprint
-from kvbm.instance import SHARED_MEMORY, remove, segment_name
+from kvbm.instance import remove, segment_name
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 
 _engines = itertools.count(1)
@@ -30,6 +35,14 @@ def spec() -> Iterator[SegmentSpec]:
     name = f"shared-{os.getpid()}"
     yield SegmentSpec(name, 16, 1, 16, Fingerprint({"model": "m"}), (0,))
     remove(name)
+
+
+def segment_nonce(spec: SegmentSpec) -> int:
+    """Nonce of the segment that is there."""
+    segment = Segment.attach(segment_name(spec.instance))
+    nonce = segment.nonce
+    segment.close()
+    return nonce
 
 
 def path_of(spec: SegmentSpec) -> str:
@@ -114,12 +127,18 @@ def test_a_worker_that_looks_for_its_leader_is_no_user(spec: SegmentSpec) -> Non
     second.close()
 
 
-def test_both_fingerprints_are_shown(spec: SegmentSpec) -> None:
-    first = open_as_leader(spec, next(_engines))
+def test_what_differs_is_named_in_one_line_and_nothing_else_is(spec: SegmentSpec) -> None:
+    common = {"model": "m", "ranks": 2}
+    first = open_as_leader(
+        replace(spec, fingerprint=Fingerprint({**common, "dtype": "float16"})), next(_engines)
+    )
+    wanted = Fingerprint({**common, "dtype": "bfloat16"})
     with pytest.raises(FingerprintMismatch) as caught:
-        open_as_leader(replace(spec, fingerprint=Fingerprint({"model": "other"})), next(_engines))
-    assert '"model":"m"' in str(caught.value)
-    assert '"model":"other"' in str(caught.value)
+        open_as_leader(replace(spec, fingerprint=wanted), next(_engines))
+    assert str(caught.value) == (
+        f"shared-memory object {first.name} has fingerprint dtype=float16, "
+        "this process needs dtype=bfloat16"
+    )
     first.close()
 
 
@@ -156,12 +175,14 @@ def test_a_private_instance_goes_with_its_leader(spec: SegmentSpec) -> None:
     assert not os.path.exists(path_of(private))
 
 
-def test_permissions_are_those_that_are_asked_for(spec: SegmentSpec) -> None:
-    segment = open_as_leader(replace(spec, mode=0o660), next(_engines))
-    assert os.stat(path_of(spec)).st_mode & 0o777 == 0o660
-    segment.close()
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_shared_memory(segment_name(spec.instance))
+def test_a_segment_is_its_owners_alone_until_a_group_is_named(spec: SegmentSpec) -> None:
     segment = open_as_leader(spec, next(_engines))
     assert os.stat(path_of(spec)).st_mode & 0o777 == 0o600
     segment.close()
+    named = replace(spec, group=os.getgid(), nonces=(segment_nonce(spec),))
+    segment = open_as_leader(named, next(_engines))
+    assert os.stat(path_of(spec)).st_mode & 0o777 == 0o660
+    assert os.stat(path_of(spec)).st_gid == os.getgid()
+    segment.close()
+    with pytest.raises(SegmentAccessDenied, match=f"lets group {os.getgid()} write"):
+        open_as_leader(replace(named, group=None), next(_engines))

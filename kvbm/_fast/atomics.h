@@ -57,6 +57,11 @@ static inline void kv_shared_store(void) {}
 #define KV_ACQ_REL __ATOMIC_ACQ_REL
 #endif
 
+/* One read of a field that another word orders: what was checked is what is used, also when
+ * somebody scribbles on it meanwhile. */
+static inline uint32_t kv_u32_once(const uint32_t *p) {
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
 static inline uint64_t kv_u64_load_relaxed(const kv_au64 *p) {
     return __atomic_load_n(&p->_v, __ATOMIC_RELAXED);
 }

@@ -303,7 +303,7 @@ cdef void block_leave(kv_view *view, uint32_t block, bint uncount_parent,
         if kv_placement_state_of(placement) == KV_EMPTY:
             continue
         kv_u64_store_release(&b.placement[tier], 0)
-        if tier == KV_TIER_HOST:
+        if tier == KV_TIER_HOST and kv_placement_slot(placement) < view.shape.host_slots:
             host_slot[0] = kv_placement_slot(placement)
         elif tier == KV_TIER_DISK:
             pool_give_back(view, KV_POOL_DISK, kv_placement_slot(placement))

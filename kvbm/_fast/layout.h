@@ -114,7 +114,7 @@
 #include "atomics.h"
 
 #define KV_MAGIC 0x314d42564b304730ull /* written last, with release, by the creator */
-#define KV_FORMAT_VERSION 3u
+#define KV_FORMAT_VERSION 4u
 
 enum {
     KV_PAGE = 4096,
@@ -294,6 +294,11 @@ typedef struct kv_operation {
     kv_row rows[KV_ROWS];
 } kv_operation;
 
+static inline uint32_t kv_op_rows(const kv_operation *op) { /* once: it may be scribbled on */
+    uint32_t rows = kv_u32_once(&op->row_count);
+    return rows <= KV_ROWS ? rows : KV_ROWS;
+}
+
 typedef struct kv_ring {
     kv_au32 head;                 /* W: leader [R0] */
     kv_au32 doorbell;             /* W: who wants the worker to look; the worker sleeps on it */
@@ -347,7 +352,7 @@ typedef struct kv_counters { kv_au64 value[KV_COUNTERS]; } kv_counters;
 /* ---- shape and header ------------------------------------------------------------------------ */
 typedef struct kv_shape {
     uint32_t block_capacity, host_slots, disk_slots, ranks;
-    uint32_t block_tokens, index_buckets, private_instance, reserved;
+    uint32_t block_tokens, index_buckets, private_instance, check; /* kv_header_check, or 0 */
 } kv_shape;
 
 typedef struct kv_header {
@@ -381,8 +386,7 @@ _Static_assert(sizeof(kv_operation) == 3 * KV_LINE + KV_ROWS * sizeof(kv_row),
 _Static_assert(sizeof(kv_ring) == 2 * KV_LINE + 8 * KV_OPERATIONS_PER_LEADER, "ring");
 _Static_assert(sizeof(kv_participant) == 128, "participant: two lines");
 _Static_assert(sizeof(kv_counters) == 256, "counters: four lines");
-_Static_assert(sizeof(kv_shape) == 32, "shape");
-_Static_assert(sizeof(kv_header) == KV_PAGE, "header: one page");
+_Static_assert(sizeof(kv_shape) == 32 && sizeof(kv_header) == KV_PAGE, "header: one page");
 _Static_assert(offsetof(kv_header, tick) == 2 * KV_LINE, "hot words start on a line");
 _Static_assert(offsetof(kv_header, recovering) == 3 * KV_LINE, "hot words start on a line");
 _Static_assert(offsetof(kv_header, ready_slots) == 4 * KV_LINE, "hot words start on a line");
@@ -394,6 +398,21 @@ _Static_assert((int)KV_C_COUNT <= (int)KV_COUNTERS, "counters fit");
                 sizeof(kv_operation) * 149u + sizeof(kv_bucket) * 151u +                           \
                 sizeof(kv_block) * 157u + sizeof(kv_block_cold) * 163u +                           \
                 KV_LEADERS * 167u + KV_RANKS * 173u))
+
+/* Checksum of what the creator writes once, of a private copy of the header: one that was scribbled
+ * on may describe other sizes with the same total, and is refused. */
+static inline uint32_t kv_header_check(const kv_header *h) {
+    const size_t range[2][2] = {{offsetof(kv_header, format_version), offsetof(kv_header, pad0)},
+                                {offsetof(kv_header, description), offsetof(kv_header, pad4)}};
+    uint64_t sum = 0, word;
+    for (int part = 0; part < 2; part++)
+        for (size_t at = range[part][0]; at < range[part][1]; at += sizeof word) {
+            memcpy(&word, (const uint8_t *)h + at, sizeof word);
+            if (at == offsetof(kv_header, shape.private_instance)) word &= 0xffffffffull; /* own */
+            sum = kv_mix64(sum ^ word) + 1;
+        }
+    return (uint32_t)(sum >> 32);
+}
 
 /* One process's picture of a mapped segment: pointers and a private copy of the shape, never read
  * back from shared memory. Every function of the protocol takes it. */

@@ -196,6 +196,7 @@ cdef extern from "layout.h" nogil:
         uint32_t block_tokens
         uint32_t index_buckets
         uint32_t private_instance
+        uint32_t check
 
     ctypedef struct kv_header:
         kv_au64 magic
@@ -235,6 +236,8 @@ cdef extern from "layout.h" nogil:
         uint32_t leader
         uint64_t total_bytes
 
+    uint32_t kv_header_check(const kv_header *h) noexcept
+    uint32_t kv_op_rows(const kv_operation *op) noexcept
     uint64_t kv_view_init(kv_view *view, uint8_t *base, const kv_shape *s) noexcept
     uint32_t kv_worker_line(uint32_t leader, uint32_t rank) noexcept
     kv_ring *kv_ring_of(const kv_view *v, uint32_t leader, uint32_t rank) noexcept

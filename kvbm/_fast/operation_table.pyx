@@ -44,6 +44,7 @@ from kvbm._fast.layout cimport (
     kv_count,
     kv_fills_blocks,
     kv_op_generation,
+    kv_op_rows,
     kv_op_state,
     kv_operation,
     kv_operation_at,
@@ -135,6 +136,7 @@ cdef class OperationTable(BlockTable):
         cdef uint64_t word, ref
         cdef kv_operation *op = NULL
         cdef uint32_t pending[128]
+        cdef uint32_t rows = 0
         cdef int pending_count = 0
         handles = []
         self.mix(keys)
@@ -156,20 +158,22 @@ cdef class OperationTable(BlockTable):
                     op = NULL  # the next row has another parent than the one before: a new anchor
                     i += 1
                     continue
-                if op == NULL or op.row_count == KV_ROWS:
+                if op == NULL or rows == KV_ROWS:
                     index = self.open_operation(kind, step, request_key, keys.group, ref)
                     if index == KV_NONE:
                         break
                     op = kv_operation_at(self.view, self.view.leader, index)
                     pending[pending_count] = index
                     pending_count += 1
+                    rows = 0
                 set_parent(&what, ref)
                 what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
                     break
-                fill_row(&op.rows[op.row_count], source, slot, block, generation)
-                op.row_count += 1
+                fill_row(&op.rows[rows], source, slot, block, generation)
+                rows += 1
+                op.row_count = rows
                 ref = make_ref(block, generation)
                 i += 1
         except BaseException:
@@ -193,7 +197,7 @@ cdef class OperationTable(BlockTable):
         cdef int k
         for k in range(count):
             op = kv_operation_at(self.view, self.view.leader, indices[k])
-            for i in range(op.row_count):
+            for i in range(kv_op_rows(op)):
                 self.abandon(op.rows[i].block, op.rows[i].generation)
             self.let_go(self.anchors[indices[k]], 0)
 
@@ -335,13 +339,14 @@ cdef class OperationTable(BlockTable):
         return state == KV_OP_COMPLETE
 
     cdef void collect_rows(self, kv_operation *op, bint arrived) noexcept nogil:
-        cdef uint64_t tick = kv_u64_fetch_add_relaxed(&self.view.header.tick, op.row_count)
+        cdef uint32_t rows = kv_op_rows(op)
+        cdef uint64_t tick = kv_u64_fetch_add_relaxed(&self.view.header.tick, rows)
         cdef uint64_t now = monotonic_ns()
         cdef uint32_t i
-        cdef kv_row *row
+        cdef kv_row row
         cdef int result
-        for i in range(op.row_count):
-            row = &op.rows[i]
+        for i in range(rows):
+            row = op.rows[i]
             result = block_publish(self.view, row.block, row.generation, now) if arrived else GONE
             if result == GONE or result == NO_PARENT:
                 self.abandon(row.block, row.generation)
@@ -349,7 +354,7 @@ cdef class OperationTable(BlockTable):
             if result == PUBLISHED:
                 kv_count(self.view, KV_C_PUBLISHED, 1)
             # Leaves first: a child was returned before its parent.
-            self.let_go(make_ref(row.block, row.generation), tick + op.row_count - i)
+            self.let_go(make_ref(row.block, row.generation), tick + rows - i)
 
     def cancel(self, handle: int) -> None:
         """Stop an operation as soon as possible; it still has to be collected."""

@@ -60,6 +60,7 @@ from kvbm._fast.layout cimport (
     kv_op_generation,
     kv_op_make,
     kv_op_rank,
+    kv_op_rows,
     kv_op_set_rank,
     kv_op_state,
     kv_operation,
@@ -155,7 +156,11 @@ cdef bint ring_pop(kv_view *view, uint32_t rank, uint64_t *entry) noexcept nogil
     """Next operation for this worker; False when there is none. Only that worker's thread pops."""
     cdef kv_ring *ring = kv_ring_of(view, view.leader, rank)
     cdef uint32_t tail = kv_u32_load_relaxed(&ring.tail)  # only this thread writes it
-    if tail == kv_u32_load_acquire(&ring.head):  # [R1]
+    cdef uint32_t head = kv_u32_load_acquire(&ring.head)  # [R1]
+    if tail == head:
+        return False
+    if head - tail > KV_OPERATIONS_PER_LEADER:  # only a damaged ring: nothing in it is believed
+        kv_u32_store_release(&ring.tail, head)
         return False
     entry[0] = kv_u64_load_relaxed(&ring.entry[tail % KV_OPERATIONS_PER_LEADER])
     kv_u32_store_release(&ring.tail, tail + 1)  # [R2]
@@ -204,7 +209,7 @@ cdef EndResult operation_end(kv_view *view, kv_operation *op, uint32_t rank,
     if kv_op_rank(word, rank) != KV_RANK_RUNNING:
         return ENDED  # ended by somebody who took this rank for dead
     kind = kv_u32_load_relaxed(&op.kind)
-    row_count = op.row_count
+    row_count = kv_op_rows(op)
     while True:
         if kv_op_rank(word, rank) != KV_RANK_RUNNING:
             return ENDED
@@ -253,7 +258,7 @@ cdef void operation_publish(kv_view *view, kv_operation *op) noexcept nogil:
     if not structure_enter(view):
         return
     now = monotonic_ns()
-    for i in range(op.row_count):
+    for i in range(kv_op_rows(op)):
         if block_publish(view, op.rows[i].block, op.rows[i].generation, now) == PUBLISHED:
             published += 1
     structure_exit(view)
@@ -266,7 +271,7 @@ cdef void operation_finished(kv_view *view, kv_operation *op) noexcept nogil:
     cdef uint32_t kind = kv_u32_load_relaxed(&op.kind), row_count
     if kv_op_state(word) != KV_OP_FINISHING:
         return
-    row_count = op.row_count
+    row_count = kv_op_rows(op)
     kv_u64_store_relaxed(&op.completed_ns, monotonic_ns())
     while kv_op_state(word) == KV_OP_FINISHING:
         if kv_u64_cas_acq_rel(&op.word, &word,

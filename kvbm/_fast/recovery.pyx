@@ -61,6 +61,7 @@ from kvbm._fast.layout cimport (
     kv_op_finisher,
     kv_op_generation,
     kv_op_rank,
+    kv_op_rows,
     kv_op_state,
     kv_operation,
     kv_operation_at,
@@ -159,7 +160,7 @@ cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
             if kv_op_state(word) == KV_OP_COMPLETE or kv_op_state(word) == KV_OP_FAILED:
                 operation_recycle(view, op)
             elif (r.busy_leaders >> leader) & 1:
-                for i in range(op.row_count if op.row_count <= 128 else 128):
+                for i in range(kv_op_rows(op)):
                     if op.rows[i].block < view.shape.block_capacity:
                         r.protected_[op.rows[i].block] = op.rows[i].generation + 1
             else:  # nobody runs it: FINISHING when its last worker died

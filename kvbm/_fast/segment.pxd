@@ -16,6 +16,7 @@ cdef class Segment:
 
     cdef int check_open(self) except -1
     cdef int check_writable(self) except -1
+    cdef int check_header(self, bytes magic, bytes page, object state) except -1
     cdef int map_file(self, int fd, size_t size, bint writable) except -1
 
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from typing_extensions import disjoint_base
+
+from kvbm._fast.objects import SegmentFault as SegmentFault
 
 LOCK_USERS_OFFSET: int
 MAX_LEADERS: int
 MAX_RANKS: int
 FORMAT_VERSION: int
+FORMAT: str
 COUNTER_NAMES: tuple[str, ...]
-
-class SegmentFault(Exception):
-    kind: Literal["corrupt", "version", "not ready", "full", "closed"]
-    def __init__(self, kind: str, message: str) -> None: ...
 
 class Shape(NamedTuple):
     block_capacity: int
@@ -39,11 +38,10 @@ class Segment:
         shape: Shape,
         fingerprint: bytes,
         description: bytes,
-        mode: int = 0o600,
         group: int | None = None,
     ) -> Segment: ...
     @staticmethod
-    def attach(name: str, writable: bool = True) -> Segment: ...
+    def attach(name: str, writable: bool = True, group: int | None = None) -> Segment: ...
     @property
     def shape(self) -> Shape: ...
     @property

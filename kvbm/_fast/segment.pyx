@@ -18,8 +18,6 @@ import time
 import weakref
 from typing import NamedTuple
 
-import posix_ipc
-
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.mman cimport (
@@ -56,6 +54,7 @@ from kvbm._fast.layout cimport (
     KV_RANKS,
     KV_ROLE_NONE,
     kv_header,
+    kv_header_check,
     kv_shape,
     kv_view,
     kv_view_init,
@@ -63,6 +62,8 @@ from kvbm._fast.layout cimport (
 from kvbm._fast.locks cimport lock_drop, lock_take
 from kvbm._fast.operations cimport leader_holds_nothing
 from kvbm._fast.pool cimport pool_fill, pool_free_count
+
+from kvbm._fast.objects import SegmentFault, object_path, open_object
 
 cdef extern from *:
     """
@@ -78,9 +79,9 @@ cdef extern from *:
 cdef int64_t LOCK_USERS = <int64_t>1 << 40
 
 LOCK_USERS_OFFSET = LOCK_USERS
-MAX_LEADERS = KV_LEADERS
-MAX_RANKS = KV_RANKS
+MAX_LEADERS, MAX_RANKS = KV_LEADERS, KV_RANKS
 FORMAT_VERSION = KV_FORMAT_VERSION
+FORMAT = f"{KV_FORMAT_VERSION}/{KV_LAYOUT_CHECK:#x}"
 
 COUNTER_NAMES = (
     "lookups", "lookup_blocks", "matched_blocks", "reserved", "published", "evicted", "abandoned",
@@ -102,22 +103,6 @@ cdef int64_t recovery_lock() noexcept nogil:
 
 
 _open_segments = weakref.WeakSet()
-
-
-class SegmentFault(Exception):
-    """An object in shared memory is not what it should be.
-
-    Parameters
-    ----------
-    kind : {"corrupt", "version", "not ready", "full", "closed"}
-        What is wrong.
-    message : str
-        The same for people.
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class Shape(NamedTuple):
@@ -199,7 +184,7 @@ cdef class Segment:
         return 0
 
     @staticmethod
-    def create(name: str, shape: Shape, fingerprint: bytes, description: bytes, mode: int = 0o600,
+    def create(name: str, shape: Shape, fingerprint: bytes, description: bytes,
                group: int | None = None) -> Segment:
         """Create the segment; its memory is reserved before this returns.
 
@@ -214,10 +199,8 @@ cdef class Segment:
         description : bytes
             What the fingerprint was made of, for error messages and the viewer; at most 2,047
             bytes.
-        mode : int
-            Permission bits of the object.
         group : int, optional
-            Group id that is to own the object.
+            Group id that is to own the object, and whose members may attach.
 
         Raises
         ------
@@ -239,24 +222,18 @@ cdef class Segment:
         size = segment_bytes(shape)
         shape_to_c(shape, &c)
         self.name = name
+        fd = open_object(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, group=group)
         try:
-            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode)
-        except posix_ipc.ExistentialError:
-            raise FileExistsError(f"shared memory {name} exists") from None
-        try:
-            os.fchmod(memory.fd, mode)  # the umask does not decide who may attach
-            if group is not None:
-                os.fchown(memory.fd, -1, group)
-            if lock_take(memory.fd, LOCK_USERS, False) != 1 or os.fstat(memory.fd).st_nlink == 0:
+            if lock_take(fd, LOCK_USERS, False) != 1 or os.fstat(fd).st_nlink == 0:
                 raise FileExistsError(f"shared memory {name} is just being removed")
-            os.posix_fallocate(memory.fd, 0, size)
-            self.map_file(memory.fd, size, True)
+            os.posix_fallocate(fd, 0, size)
+            self.map_file(fd, size, True)
         except FileExistsError:
-            os.close(memory.fd)
+            os.close(fd)
             raise
         except BaseException:
-            os.close(memory.fd)
-            posix_ipc.unlink_shared_memory(name)
+            os.close(fd)
+            os.unlink(object_path(name))
             raise
         kv_view_init(&self.view, self.base, &c)
         h = self.view.header
@@ -268,6 +245,7 @@ cdef class Segment:
         h.created_ns = time.time_ns()
         memcpy(h.fingerprint, <const char *>print_bytes, KV_FINGERPRINT_BYTES)
         memcpy(h.description, <const char *>text, len(text))
+        h.shape.check = kv_header_check(h)
         kv_u64_store_relaxed(&h.tick, 1)
         for pool in range(KV_POOLS):
             pool_fill(&self.view, pool)
@@ -276,62 +254,76 @@ cdef class Segment:
         return self
 
     @staticmethod
-    def attach(name: str, writable: bool = True) -> Segment:
+    def attach(name: str, writable: bool = True, group: int | None = None) -> Segment:
         """Map an existing segment after checking that it is one and that this build understands it.
+
+        Parameters
+        ----------
+        name : str
+            Name of the shared-memory object, with the leading slash.
+        writable : bool
+            False: for reading alone, whoever owns it.
+        group : int, optional
+            Group id whose members are trusted beside this process's user.
 
         Raises
         ------
         FileNotFoundError
             There is no such object.
         PermissionError
-            It belongs to somebody else.
+            It is not ours (kvbm/_fast/objects.py).
         SegmentFault
             Its creator has not finished ("not ready"), its format is another one ("version"), or
             its contents contradict each other ("corrupt").
         """
         cdef Segment self = Segment.__new__(Segment)
-        cdef kv_shape c
-        cdef kv_header *h
+        cdef kv_shape shape
         self.name = name
+        fd = open_object(name, os.O_RDWR if writable else os.O_RDONLY, group=group,
+                         trusted=writable)
         try:
-            memory = posix_ipc.SharedMemory(name, 0, read_only=not writable)
-        except posix_ipc.ExistentialError:
-            raise FileNotFoundError(f"there is no shared memory {name}") from None
-        except posix_ipc.PermissionsError:
-            raise PermissionError(f"no permission to open shared memory {name}") from None
-        try:
-            if lock_take(memory.fd, LOCK_USERS, False) != 1:
+            if lock_take(fd, LOCK_USERS, False) != 1:
                 raise SegmentFault("not ready", f"{name} is being removed or created")
-            if os.fstat(memory.fd).st_nlink == 0:
+            state = os.fstat(fd)
+            if state.st_nlink == 0:
                 raise FileNotFoundError(f"shared memory {name} has been removed")
-            size = os.fstat(memory.fd).st_size
-            if size < KV_PAGE:
-                raise SegmentFault("not ready",
-                                   f"{name} has {size} bytes; its creator has not sized it yet")
-            self.map_file(memory.fd, size, writable)
-        except BaseException:
-            os.close(memory.fd)
-            raise
-        try:
-            h = <kv_header *>self.base
-            if kv_u64_load_acquire(&h.magic) != KV_MAGIC:
+            if state.st_size < KV_PAGE:
                 raise SegmentFault(
                     "not ready",
-                    f"{name} carries no magic; its creator has not finished, or died")
-            if h.format_version != KV_FORMAT_VERSION or h.layout_check != KV_LAYOUT_CHECK:
-                raise SegmentFault(
-                    "version", f"{name} has format {h.format_version}/{h.layout_check:#x}, "
-                    f"this build needs {KV_FORMAT_VERSION}/{KV_LAYOUT_CHECK:#x}")
-            c = h.shape
-            if (kv_view_init(&self.view, self.base, &c) != <uint64_t>size
-                    or h.total_bytes != <uint64_t>size):
-                raise SegmentFault("corrupt",
-                                   f"{name} has {size} bytes, its header describes another size")
+                    f"{name} has {state.st_size} bytes; its creator has not sized it yet")
+            # Read twice: the first look at the magic comes before the look at what it vouches for.
+            self.check_header(os.pread(fd, 8, 0), os.pread(fd, KV_PAGE, 0), state)
+            shape = self.view.shape
+            self.map_file(fd, state.st_size, writable)
         except BaseException:
-            self.close()
+            os.close(fd)
             raise
+        kv_view_init(&self.view, self.base, &shape)
         _open_segments.add(self)
         return self
+
+    cdef int check_header(self, bytes magic, bytes page, object state) except -1:
+        """Check a private copy of the header before anything is mapped; keeps its sizes."""
+        cdef kv_header h
+        cdef kv_shape shape
+        cdef uint64_t size = state.st_size
+        memcpy(&h, <const char *>page, sizeof(h))
+        if int.from_bytes(magic, "little") != KV_MAGIC:
+            raise SegmentFault(
+                "not ready", f"{self.name} carries no magic; its creator has not finished, or died")
+        if h.format_version != KV_FORMAT_VERSION or h.layout_check != KV_LAYOUT_CHECK:
+            found = f"{h.format_version}/{h.layout_check:#x}"
+            raise SegmentFault("version", f"{self.name} has format {found}, this build needs "
+                               f"{FORMAT}", found)
+        if h.shape.check != kv_header_check(&h):
+            raise SegmentFault("corrupt", f"the header of {self.name} fails its checksum")
+        shape = h.shape
+        if kv_view_init(&self.view, NULL, &shape) != size or h.total_bytes != size:
+            raise SegmentFault("corrupt",
+                               f"{self.name} has {size} bytes, its header describes another size")
+        if state.st_blocks * 512 < size:  # or mapping it would fill the machine's memory
+            raise SegmentFault("corrupt", f"{self.name} has holes; its creator leaves none")
+        return 0
 
     cdef int check_open(self) except -1:
         if self.base == NULL:

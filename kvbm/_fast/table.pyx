@@ -208,7 +208,8 @@ cdef class BlockTable:
         """
         cdef uint32_t block = <uint32_t>ref
         cdef uint64_t word
-        if ref == NO_REF or self.pins[block] == 0:
+        if (ref == NO_REF or block >= self.view.shape.block_capacity  # a damaged row
+                or self.pins[block] == 0):
             return
         word = kv_u64_load_acquire(&self.view.blocks[block].word)
         if kv_word_generation(word) != <uint32_t>(ref >> 32):
@@ -324,7 +325,7 @@ cdef class BlockTable:
 
     cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil:
         cdef uint32_t slot = KV_NONE
-        if self.pins[block] == 0:
+        if block >= self.view.shape.block_capacity or self.pins[block] == 0:
             return  # another leader's reservation, or none
         if block_abandon(self.view, block, generation, &slot):
             self.pins[block] = 0

@@ -22,6 +22,7 @@ cdef struct Flight:               # an operation under way; its number is the ba
     uint64_t entry
     uint64_t began_ns
     StopContext context           # of its stop check
+    kv_operation own              # private copy of what it says: checked once, used from then on
     bint busy
 
 
@@ -57,8 +58,7 @@ cdef class WorkerLoop:
     cdef bint end_flights(self, CopyBackend backend, Lane *lane) noexcept nogil
     cdef bint may_return(self, uint64_t asked_ns) noexcept nogil
     cdef void leave(self) noexcept nogil
-    cdef void finish(self, kv_operation *op, uint32_t generation, int status, uint32_t failed_row,
-                     uint64_t began_ns) noexcept nogil
+    cdef void finish(self, Flight *flight, int status, uint32_t failed_row) noexcept nogil
     cdef bint rows_are_valid(self, const kv_operation *op, bint with_digests,
                              uint32_t *bad_row) noexcept nogil
     cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil

@@ -31,12 +31,13 @@ A backend that has given up (`is_off`) fails all operations; the loop then drops
 line, so that the leader takes this worker for dead.
 """
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memmove
+from libc.string cimport memcpy, memmove
 from posix.unistd cimport usleep
 
 from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
     kv_u32_load_relaxed,
+    kv_u32_store_relaxed,
     kv_u32_store_release,
     kv_u64_load_acquire,
     kv_u64_load_relaxed,
@@ -80,6 +81,7 @@ from kvbm._fast.layout cimport (
     kv_is_disk_kind,
     kv_op_generation,
     kv_op_rank,
+    kv_op_rows,
     kv_op_state,
     kv_operation,
     kv_operation_at,
@@ -113,6 +115,19 @@ cdef bint operation_is_cancelled(void *context) noexcept nogil:
     cdef StopContext *c = <StopContext *>context
     cdef uint64_t word = kv_u64_load_acquire(&c.op.word)
     return kv_op_state(word) == KV_OP_CANCELLED or kv_op_generation(word) != c.generation
+
+
+cdef bint copy_claimed(kv_operation *own, const kv_operation *op) noexcept nogil:
+    """Copy what a claimed operation says; False, with no rows, if it has too many."""
+    kv_u32_store_relaxed(&own.kind, kv_u32_load_relaxed(&op.kind))
+    own.row_count = op.row_count
+    kv_u64_store_relaxed(&own.step, kv_u64_load_relaxed(&op.step))
+    own.group = op.group
+    if own.row_count > KV_ROWS:
+        own.row_count = 0
+        return False
+    memcpy(own.rows, op.rows, own.row_count * sizeof(kv_row))
+    return True
 
 
 cdef class WorkerLoop:
@@ -276,8 +291,9 @@ cdef class WorkerLoop:
         flight.context.generation = <uint32_t>(entry >> 32)
         flight.entry = entry
         flight.began_ns = monotonic_ns()
-        if op.row_count <= KV_ROWS and self.rows_are_valid(op, True, &failed_row):
-            status = backend.submit(place, op, self.digests, operation_is_cancelled,
+        if (copy_claimed(&flight.own, op)
+                and self.rows_are_valid(&flight.own, True, &failed_row)):
+            status = backend.submit(place, &flight.own, self.digests, operation_is_cancelled,
                                     &flight.context, &failed_row)
         if status == COPY_RUNNING or status == COPY_SUBMITTING:
             flight.busy = True
@@ -285,11 +301,10 @@ cdef class WorkerLoop:
             if status == COPY_RUNNING:
                 kv_u64_store_release(&flight.submitted, entry + 1)
         else:
-            self.finish(op, flight.context.generation, status, failed_row, flight.began_ns)
+            self.finish(flight, status, failed_row)
 
     cdef bint end_flights(self, CopyBackend backend, Lane *lane) noexcept nogil:
         """Finish the operations whose copies have ended; True if there was one."""
-        cdef kv_operation *op
         cdef Flight *flight
         cdef uint32_t place, failed_row
         cdef int status
@@ -306,30 +321,27 @@ cdef class WorkerLoop:
                 kv_u64_store_release(&flight.submitted, flight.entry + 1)
             if status == COPY_RUNNING or status == COPY_SUBMITTING:
                 continue
-            op = kv_operation_at(self.view, self.view.leader, <uint32_t>flight.entry)
-            self.finish(op, <uint32_t>(flight.entry >> 32), status, failed_row, flight.began_ns)
+            self.finish(flight, status, failed_row)
             kv_u64_store_release(&flight.submitted, 0)
             flight.busy = False
             lane.busy -= 1
             ended = True
         return ended
 
-    cdef void finish(self, kv_operation *op, uint32_t generation, int status, uint32_t failed_row,
-                     uint64_t began_ns) noexcept nogil:
+    cdef void finish(self, Flight *flight, int status, uint32_t failed_row) noexcept nogil:
         """This rank's copies have ended: check the rows again and say how it went."""
-        cdef StopContext context
+        cdef kv_operation *op = kv_operation_at(self.view, self.view.leader,
+                                                <uint32_t>flight.entry)
         cdef uint32_t bad_row = 0
         cdef bint done = status == COPY_DONE
-        context.op = op
-        context.generation = generation
-        if kv_op_generation(kv_u64_load_acquire(&op.word)) != generation:
+        if kv_op_generation(kv_u64_load_acquire(&op.word)) != flight.context.generation:
             return  # taken for dead and given to somebody else meanwhile
-        if done and not self.rows_are_valid(op, False, &bad_row):
+        if done and not self.rows_are_valid(&flight.own, False, &bad_row):
             done = False
             failed_row = bad_row
-        self.count_copy(op, done, began_ns)
+        self.count_copy(&flight.own, done, flight.began_ns)
         if not done:
-            if not operation_is_cancelled(&context):
+            if not operation_is_cancelled(&flight.context):
                 kv_count(self.view, KV_C_CHECK_FAILURES, 1)
             kv_u64_store_relaxed(&op.failed_rows[self.rank], failed_row + 1)
         if operation_end(self.view, op, self.rank, done) == MUST_PUBLISH:
@@ -443,7 +455,7 @@ cdef class WorkerLoop:
                 or kv_op_rank(word, self.rank) != KV_RANK_FAILED):
             return []
         first = <uint32_t>kv_u64_load_relaxed(&op.failed_rows[self.rank])
-        return [op.rows[i].device_block for i in range(first - 1 if first else 0, op.row_count)]
+        return [op.rows[i].device_block for i in range(first - 1 if first else 0, kv_op_rows(op))]
 
     cdef bint engine_follows(self, uint64_t handle, uint64_t stream) noexcept nogil:
         """Make the engine's stream wait for an operation whose copies are all submitted."""

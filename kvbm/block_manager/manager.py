@@ -278,7 +278,6 @@ def _host_pool(settings: Settings, count: int, shape: BlockShape) -> BlockPool:
         instance,
         header,
         exclusive=is_private(instance),
-        mode=0o660 if settings.shm_group is not None else 0o600,
         group=settings.shm_group,
     )
     try:

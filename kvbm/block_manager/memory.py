@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvbm._fast.dlpack import DEVICE_CPU, DEVICE_CUDA, DEVICE_CUDA_HOST
+from kvbm._fast.objects import open_object
 from kvbm.errors import ConfigError
-from kvbm.instance import SHARED_MEMORY
 from kvbm.transfer.arena_layout import ArenaLayout
 
 __all__ = ["BlockMemory", "BlockShape", "ElementType", "device_memory", "element_type", "map_arena"]
@@ -161,7 +161,7 @@ class BlockMemory:
 
 def map_arena(name: str, layout: ArenaLayout, shape: BlockShape) -> BlockMemory:
     """Map a host arena whose slots are whole blocks; it stays mapped while somebody shows it."""
-    fd = os.open(SHARED_MEMORY / name.lstrip("/"), os.O_RDWR | os.O_CLOEXEC)
+    fd = open_object(name, trusted=False)  # the caller has it open: it has been checked
     try:
         view = np.frombuffer(mmap.mmap(fd, layout.total_bytes), dtype=np.uint8)
     finally:

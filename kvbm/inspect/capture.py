@@ -25,9 +25,10 @@ from typing import Any
 
 from kvbm._fast.contract import LINES, PAGE_BYTES, RECOVERY_LOCK_OFFSET, line_lock_offset
 from kvbm._fast.locks import held_by_other
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
-from kvbm.instance import SHARED_MEMORY, instances, segment_name
+from kvbm.instance import instances, segment_name
 
 SNAPSHOT_FORMAT = 1
 SLOT_HEADER_BYTES = 64

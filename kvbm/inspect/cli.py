@@ -18,12 +18,13 @@ from typing import Any
 import click
 
 from kvbm._fast import contract
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm.errors import InspectError
 from kvbm.inspect import changes, detail, gc, picture, report, text, tree
 from kvbm.inspect.capture import Capture, capture, resolve, write_snapshot
 from kvbm.inspect.decode import Segment
 from kvbm.inspect.verify import verify as verify_source
-from kvbm.instance import SHARED_MEMORY, instances
+from kvbm.instance import instances
 
 SCHEMA = 1
 """Moves when a field of `--json` changes its meaning or goes; new fields may come without."""

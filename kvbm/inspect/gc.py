@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvbm._fast.locks import held_by_other
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
-from kvbm.instance import SHARED_MEMORY, instances, is_private, remove_if_unused
+from kvbm.instance import instances, is_private, remove_if_unused
 
 
 class Leftover(NamedTuple):

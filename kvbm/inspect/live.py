@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 from kvbm._fast import contract
 from kvbm._fast.contract import Section
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import COUNTER_NAMES, Shape
 from kvbm.errors import InspectError
 from kvbm.inspect.capture import Locks
 from kvbm.inspect.decode import part, record_dtype, shape_of
-from kvbm.instance import SHARED_MEMORY, segment_name
+from kvbm.instance import segment_name
 
 SWEEP_BLOCKS = 4096
 """Blocks of the table that one look reads."""

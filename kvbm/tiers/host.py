@@ -31,13 +31,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import posix_ipc
-
 from kvbm._fast.locks import try_lock
 from kvbm._fast.memory import populate
+from kvbm._fast.objects import open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
-from kvbm.instance import SHARED_MEMORY, arena_name
+from kvbm.instance import arena_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +51,8 @@ RESERVE_THREADS_MAX = 4
 _HEADER = struct.Struct("<8sIIQQQ32s")
 _POLL_SECS = 0.01
 _open_arenas: "weakref.WeakSet[HostArena]" = weakref.WeakSet()
+OPEN_SECS = 10.0
+"""Longest wait for a process that removes the object, or begins it anew, at this moment."""
 
 
 @dataclass(frozen=True)
@@ -108,29 +109,26 @@ def reserve_threads() -> int:
     return max(1, min(RESERVE_THREADS_MAX, len(os.sched_getaffinity(0)) // 2))
 
 
-def _open_locked(name: str, mode: int, group: int | None) -> int:
+def _open_locked(name: str, group: int | None) -> int:
     """Open or make an arena object and take a user's lock on it.
 
-    A process that removes an unused object holds the exclusive lock meanwhile; then, and when the
-    object that was opened has lost its name, the next turn makes a new one.
+    A process that removes an unused object, or begins it anew, holds the exclusive lock meanwhile;
+    then, and when the object that was opened has lost its name, the next turn makes a new one.
     """
+    deadline = time.monotonic() + OPEN_SECS
     while True:
         try:
-            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT, mode=mode)
-        except posix_ipc.PermissionsError:
-            raise SegmentAccessDenied(name, "it belongs to another user") from None
+            fd = open_object(name, os.O_RDWR | os.O_CREAT, group=group)
+        except PermissionError as error:
+            raise SegmentAccessDenied(name, error.strerror or "") from None
         except OSError as error:
             raise SegmentAccessDenied(name, f"/dev/shm: {error.strerror}") from error
-        if (
-            try_lock(memory.fd, LOCK_USERS_OFFSET, exclusive=False)
-            and os.fstat(memory.fd).st_nlink > 0
-        ):
-            if os.fstat(memory.fd).st_uid == os.geteuid():
-                os.fchmod(memory.fd, mode)
-                if group is not None:
-                    os.fchown(memory.fd, -1, group)
-            return int(memory.fd)
-        os.close(memory.fd)
+        if try_lock(fd, LOCK_USERS_OFFSET, exclusive=False) and os.fstat(fd).st_nlink > 0:
+            return fd
+        os.close(fd)
+        if time.monotonic() > deadline:
+            raise SegmentInUse(name, "another process is removing it, and does not end")
+        time.sleep(0.001)
 
 
 class HostArena:
@@ -144,15 +142,15 @@ class HostArena:
         What this rank announces; its nonce is ignored.
     exclusive : bool
         The instance is private: another live user is an error.
-    mode, group : int, int or None
-        Permission bits and group of the object.
+    group : int or None
+        Group id whose members may use it, too.
 
     Raises
     ------
     SegmentInUse
         Another process uses the arena and it must not, or describes another block.
     SegmentAccessDenied
-        The object belongs to another user.
+        The object belongs to another user, or others may write it.
     """
 
     def __init__(
@@ -161,11 +159,10 @@ class HostArena:
         header: ArenaHeader,
         *,
         exclusive: bool,
-        mode: int = 0o600,
         group: int | None = None,
     ) -> None:
         self.name = arena_name(instance, header.rank)
-        self._fd = _open_locked(self.name, mode, group)
+        self._fd = _open_locked(self.name, group)
         self._map: mmap.mmap | None = None
         try:
             self.header = self._settle(header, exclusive)
@@ -301,34 +298,42 @@ class HostArena:
             self._fd = -1
 
 
-def read_header(instance: str, rank: int) -> ArenaHeader | None:
-    """Header of a rank's arena; None while there is none."""
+def read_header(instance: str, rank: int, group: int | None = None) -> ArenaHeader | None:
+    """Header of a rank's arena; None while there is none.
+
+    Raises
+    ------
+    SegmentAccessDenied
+        The object belongs to another user, or others may write it.
+    """
+    name = arena_name(instance, rank)
     try:
-        with open(
-            SHARED_MEMORY / arena_name(instance, rank).lstrip("/"), "rb", buffering=0
-        ) as file:
-            return ArenaHeader.unpack(file.read(PAGE_BYTES) or b"")
+        fd = open_object(name, os.O_RDONLY, group=group)
     except FileNotFoundError:
         return None
-    except PermissionError:
-        raise SegmentAccessDenied(
-            arena_name(instance, rank), "it belongs to another user"
-        ) from None
+    except PermissionError as error:
+        raise SegmentAccessDenied(name, error.strerror or "") from None
+    try:
+        return ArenaHeader.unpack(os.pread(fd, PAGE_BYTES, 0))
+    finally:
+        os.close(fd)
 
 
-def wait_for_headers(instance: str, ranks: int, timeout_secs: float) -> list[ArenaHeader]:
+def wait_for_headers(
+    instance: str, ranks: int, timeout_secs: float, group: int | None = None
+) -> list[ArenaHeader]:
     """Headers of all ranks' arenas, as soon as all workers have announced themselves.
 
     Raises
     ------
     SegmentAccessDenied
-        An arena belongs to another user.
+        An arena belongs to another user, or others may write it.
     LeaderTimeout
         Some rank has not after `timeout_secs`; it names the ranks.
     """
     deadline = time.monotonic() + timeout_secs
     while True:
-        headers = [read_header(instance, rank) for rank in range(ranks)]
+        headers = [read_header(instance, rank, group) for rank in range(ranks)]
         found = [header for header in headers if header is not None]
         if len(found) == ranks:
             return found

@@ -181,7 +181,10 @@ class KvConnectorLeader:
 
     def _open_segment(self, vllm_config: "VllmConfig") -> Segment:
         headers = wait_for_headers(
-            self.instance, self.ranks, self.settings.leader_worker_init_timeout_secs
+            self.instance,
+            self.ranks,
+            self.settings.leader_worker_init_timeout_secs,
+            self.settings.shm_group,
         )
         per_block = sum(header.bytes_per_block for header in headers)
         self._block_bytes = per_block
@@ -193,7 +196,6 @@ class KvConnectorLeader:
             block_tokens=self.block_tokens,
             fingerprint=self._fingerprint(vllm_config, headers),
             nonces=tuple(header.nonce for header in headers),
-            mode=0o660 if self.settings.shm_group is not None else 0o600,
             group=self.settings.shm_group,
             disk_slots=self.settings.disk_slots(per_block),
         )
@@ -211,16 +213,12 @@ class KvConnectorLeader:
         return segment
 
     def _disk_spec(self) -> DiskSpec:
-        private = is_private(self.instance)
+        ranks = 0 if is_private(self.instance) else self.ranks  # private slabs have no names
         folder = self.settings.disk_cache_dir
         return DiskSpec(
             self.instance,
             engine_key(self.engine_id),
-            tuple(
-                slab_path(folder, self.instance, rank)
-                for rank in range(0 if private else self.ranks)
-            ),
-            mode=0o660 if self.settings.shm_group is not None else 0o600,
+            tuple(slab_path(folder, self.instance, rank) for rank in range(ranks)),
             group=self.settings.shm_group,
         )
 
@@ -369,7 +367,7 @@ class KvConnectorLeader:
         and which loads to report.
         """
         if self.leader.disk is not None:
-            self.leader.disk.prefill.step(output.total_num_scheduled_tokens)
+            self.leader.disk.prefill.step(sum(output.num_scheduled_tokens.values()))
         for request_id in self.leader.storing():
             self._per_request(request_id, self._note_preemption, request_id)
         for request_id in output.preempted_req_ids or ():

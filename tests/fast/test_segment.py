@@ -4,6 +4,7 @@
 import errno
 import os
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -93,8 +94,9 @@ def test_the_header_is_where_it_has_always_been() -> None:
     with created(shape) as segment, RawSegment(segment.name) as reader:
         segment.set_ready_slots(1, 77)
         assert reader.u64(0) == 0x314D42564B304730
-        assert reader.u32(8) == FORMAT_VERSION == 3
-        assert [reader.u32(16 + 4 * i) for i in range(8)] == [300, 200, 100, 2, 16, 128, 1, 0]
+        assert reader.u32(8) == FORMAT_VERSION == 4
+        assert [reader.u32(16 + 4 * i) for i in range(7)] == [300, 200, 100, 2, 16, 128, 1]
+        assert reader.u32(44) == raw.header_check(reader.bytes[:4096])
         assert reader.u64(48) == segment.total_bytes
         assert reader.u64(56) == segment.nonce
         assert reader.u64(64) == segment.created_ns
@@ -226,16 +228,15 @@ def test_a_description_is_kept_up_to_its_room(length: int) -> None:
         posix_ipc.unlink_shared_memory(name)
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
-def test_the_mode_is_what_was_asked_for_whatever_the_umask_is(mode: int) -> None:
-    before = os.umask(0o077)
-    try:
-        with created(mode=mode, group=os.getgid()) as segment:
-            status = path_of(segment.name).stat()
-            assert stat.S_IMODE(status.st_mode) == mode
-            assert status.st_gid == os.getgid()
-    finally:
-        os.umask(before)
+@pytest.mark.parametrize(("group", "mode"), [(None, 0o600), (os.getgid(), 0o660)])
+def test_a_segment_is_its_owners_or_its_groups(group: int | None, mode: int) -> None:
+    with created(group=group) as segment:
+        assert stat.S_IMODE(path_of(segment.name).stat().st_mode) == mode
+        Segment.attach(segment.name, group=group).close()
+        if group is not None:
+            with pytest.raises(PermissionError, match=f"lets group {group} write"):
+                Segment.attach(segment.name)
+        Segment.attach(segment.name, writable=False).close()
 
 
 # ---- attach --------------------------------------------------------------------------------------
@@ -251,10 +252,12 @@ def test_an_object_of_somebody_else_may_not_be_opened() -> None:
     def check() -> None:
         if as_root:
             os.seteuid(65534)
-        with pytest.raises(PermissionError, match=f"open shared memory {segment.name}"):
+        else:
+            path_of(segment.name).chmod(0)
+        with pytest.raises(PermissionError, match=segment.name):
             Segment.attach(segment.name)
 
-    with created(mode=0o600 if as_root else 0) as segment:
+    with created() as segment:
         run_in_fork(check)
 
 
@@ -285,13 +288,14 @@ def test_an_object_without_the_magic_is_not_ready(magic: bytes) -> None:
 
 
 @pytest.mark.parametrize("offset", [raw.AT_VERSION, raw.AT_CHECK])
-@pytest.mark.parametrize("value", [0, 1, 0xFFFFFFFF])
+@pytest.mark.parametrize("value", [0, 1, 3, 0xFFFFFFFF])
 def test_another_format_is_refused_with_both_numbers(offset: int, value: int) -> None:
     with tampered(offset, value.to_bytes(4, "little")) as name:
         fault = fault_of(name)
     assert fault.kind == "version"
     assert f"{value}" in str(fault) or f"{value:#x}" in str(fault)
-    assert "this build needs 3/" in str(fault)
+    assert "this build needs 4/" in str(fault)
+    assert fault.found in str(fault)
 
 
 @pytest.mark.parametrize("field", range(6))
@@ -300,6 +304,8 @@ def test_sizes_that_contradict_the_object_are_refused(field: int, value: int) ->
     shape = shape_for(100_000, 50_000, 2, 16, True)
     with created(shape) as segment, RawSegment(segment.name, writable=True) as writer:
         writer.put_u32(raw.AT_SHAPE + 4 * field, value)
+        assert "checksum" in str(fault_of(segment.name))
+        writer.seal()
         changed = shape._replace(**{Shape._fields[field]: value})
         if field == 4 and value:  # tokens a block: any number fits any size
             other = Segment.attach(segment.name)
@@ -311,8 +317,36 @@ def test_sizes_that_contradict_the_object_are_refused(field: int, value: int) ->
 
 @pytest.mark.parametrize("value", [0, 1, 2**64 - 1])
 def test_a_total_that_contradicts_the_object_is_refused(value: int) -> None:
-    with tampered(raw.AT_TOTAL, value.to_bytes(8, "little")) as name:
-        assert fault_of(name).kind == "corrupt"
+    with created() as segment, RawSegment(segment.name, writable=True) as writer:
+        writer.put_u64(raw.AT_TOTAL, value)
+        writer.seal()
+        fault = fault_of(segment.name)
+    assert (fault.kind, "another size" in str(fault)) == ("corrupt", True)
+
+
+@pytest.mark.parametrize("at", [*range(16, 104, 4), 384, 384 + len(DESCRIPTION), 2428])
+def test_a_header_that_was_scribbled_on_is_refused(at: int) -> None:
+    """Also where the sizes still add up: fewer slots that take as many pages, say."""
+    with created() as segment, RawSegment(segment.name, writable=True) as writer:
+        writer.put_u32(at, writer.u32(at) ^ 1)
+        fault = fault_of(segment.name)
+    assert (fault.kind, "checksum" in str(fault)) == ("corrupt", True)
+
+
+def test_an_object_with_holes_is_refused_before_it_is_mapped() -> None:
+    """Else a header for a table of a terabyte in an empty file would fill the memory."""
+    shape = shape_for(1_000_000, 0, 1, 16, True)
+    with created() as segment:
+        with RawSegment(segment.name) as reader:
+            page = bytearray(reader.bytes[:4096])
+        page[raw.AT_SHAPE : raw.AT_SHAPE + 24] = struct.pack("<6I", *shape[:6])
+        page[raw.AT_TOTAL : raw.AT_TOTAL + 8] = segment_bytes(shape).to_bytes(8, "little")
+        page[raw.AT_HEADER_CHECK : 48] = raw.header_check(bytes(page)).to_bytes(4, "little")
+        path_of(segment.name).write_bytes(page)
+        os.truncate(path_of(segment.name), segment_bytes(shape))
+        fault = fault_of(segment.name)
+        assert (fault.kind, "has holes" in str(fault)) == ("corrupt", True)
+        assert path_of(segment.name).stat().st_blocks * 512 < 1 << 20
 
 
 @pytest.mark.parametrize("magic", [False, True])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm.errors import InspectError
 from kvbm.inspect.capture import capture, resolve, write_snapshot
-from kvbm.instance import SHARED_MEMORY
 from tests.fast.instances import instance
 from tests.inspect.conftest import Inspect
 from tests.inspect.samples import Sample

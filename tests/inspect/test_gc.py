@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm.errors import InspectError
 from kvbm.inspect import gc
-from kvbm.instance import SHARED_MEMORY, instances, private_instance, segment_name
+from kvbm.instance import instances, private_instance, segment_name
 from tests.fast.instances import Instance, unique_name
 from tests.inspect.conftest import Inspect
 from tests.inspect.samples import Sample

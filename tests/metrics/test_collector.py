@@ -10,8 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbm._fast.keys import Keys
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import COUNTER_NAMES, shape_for
-from kvbm.instance import SHARED_MEMORY
 from kvbm.metrics.collector import InstanceCollector
 from kvbm.metrics.names import GAUGES, HIT_RATES, UPSTREAM, shown
 from tests.fast.instances import Instance, cache, digests, unique_name

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import posix_ipc
 import pytest
 
 import kvbm.tiers.host
 from kvbm._fast.locks import try_lock
+from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
-from kvbm.instance import SHARED_MEMORY, remove
+from kvbm.instance import arena_name, remove
 from kvbm.tiers.host import (
     PAGE_BYTES,
     ArenaHeader,
@@ -32,6 +32,10 @@ from tests.fast.instances import run_in_fork
 
 HEADER = ArenaHeader(0, 1, 4096, 8, 0, b"geometry".ljust(32, b"\0"))
 TOTAL = 3 * PAGE_BYTES + 100
+USES: list[Callable[[str], object]] = [
+    lambda instance: HostArena(instance, HEADER, exclusive=False),
+    lambda instance: read_header(instance, 0),
+]
 
 
 @pytest.fixture
@@ -125,15 +129,40 @@ def test_closing_twice_and_with_a_view_of_the_memory_is_harmless(arena: HostAren
     assert path_of(arena).exists()
 
 
-def test_an_object_of_another_user_is_an_error_that_names_it(
+def test_an_arena_is_its_owners_alone_until_a_group_is_named(instance: str) -> None:
+    for group, mode in ((None, 0o600), (os.getgid(), 0o660)):
+        arena = HostArena(instance, HEADER, exclusive=False, group=group)
+        assert stat.S_IMODE(path_of(arena).stat().st_mode) == mode
+        arena.close()
+    for use in USES:
+        with pytest.raises(SegmentAccessDenied, match=f"{instance}.*lets group {os.getgid()} wr"):
+            use(instance)
+
+
+def test_a_link_that_somebody_planted_is_refused_and_its_target_left_alone(
+    instance: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    link = object_path(arena_name(instance, 0))
+    link.symlink_to(target)
+    for use in USES:
+        with pytest.raises(SegmentAccessDenied, match=f"{instance}.*symbolic link"):
+            use(instance)
+    assert target.read_bytes() == b"precious"
+
+
+def test_an_object_that_is_never_let_go_is_an_error_after_a_while(
     instance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(*_: Any, **__: Any) -> None:
-        raise posix_ipc.PermissionsError
-
-    monkeypatch.setattr(kvbm.tiers.host.posix_ipc, "SharedMemory", denied)
-    with pytest.raises(SegmentAccessDenied, match=instance):
-        HostArena(instance, HEADER, exclusive=False)
+    monkeypatch.setattr(kvbm.tiers.host, "OPEN_SECS", 0.01)
+    descriptor = open_object(arena_name(instance, 0), os.O_RDWR | os.O_CREAT)
+    assert try_lock(descriptor, LOCK_USERS_OFFSET, exclusive=True)
+    try:
+        with pytest.raises(SegmentInUse, match="does not end"):
+            HostArena(instance, HEADER, exclusive=False)
+    finally:
+        os.close(descriptor)
 
 
 def test_a_read_only_file_system_is_an_error_that_says_so(
@@ -142,7 +171,7 @@ def test_a_read_only_file_system_is_an_error_that_says_so(
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(kvbm.tiers.host.posix_ipc, "SharedMemory", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(SegmentAccessDenied, match="Read-only file system"):
         HostArena(instance, HEADER, exclusive=False)
 
@@ -284,6 +313,6 @@ def test_a_header_that_may_not_be_read_is_an_error(
         raise PermissionError(errno.EACCES, "no")
 
     assert read_header(instance, 0) is None
-    monkeypatch.setattr(builtins, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     with pytest.raises(SegmentAccessDenied, match=instance):
         read_header(instance, 0)

@@ -14,6 +14,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from kvbm._fast.objects import SHARED_MEMORY
 from kvbm.errors import (
     ConfigError,
     FingerprintMismatch,
@@ -21,7 +22,7 @@ from kvbm.errors import (
     LeaderTimeout,
     SegmentInUse,
 )
-from kvbm.instance import SHARED_MEMORY, instances
+from kvbm.instance import instances
 from kvbm.vllm_integration.connector import DynamoConnector
 from tests.vllm_integration.connected import (
     BLOCK,
