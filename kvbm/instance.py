@@ -20,6 +20,20 @@ from kvbm._fast.locks import try_lock
 from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 
+__all__ = [
+    "SHARED_MEMORY",
+    "arena_name",
+    "engine_key",
+    "instances",
+    "is_private",
+    "private_instance",
+    "remove",
+    "remove_dead_private_instances",
+    "remove_if_unused",
+    "remove_ranks_from",
+    "segment_name",
+]
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "kvbm-"
