@@ -201,6 +201,7 @@ class Worker:
             memory,
             rank=self.place.rank,
             checksum=self.settings.verify_host,
+            staged=self.settings.device_staging,
             keep_alive=self._keep_alive,
         )
         self._rank_copies = copies

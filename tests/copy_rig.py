@@ -34,6 +34,7 @@ class DeviceMemory(Protocol):
     """A KV cache of `LAYERS` tensors of `BLOCKS` blocks of `CHUNK` bytes."""
 
     device: Device
+    staged: bool
     tensors: dict[str, Any]
 
     def write(self, block: int, data: bytes) -> None: ...
@@ -50,6 +51,7 @@ class HostMemory:
     """
 
     device = Device()
+    staged = False
 
     def __init__(self, *, slab: bool = False) -> None:
         if slab:
@@ -74,8 +76,16 @@ class HostMemory:
 class FakeMemory(HostMemory):
     """The same on the simulated CUDA device."""
 
-    def __init__(self, *, slab: bool = False, batches: bool = True, known: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        slab: bool = False,
+        batches: bool = True,
+        known: bool = True,
+        staged: bool = False,
+    ) -> None:
         super().__init__(slab=slab)
+        self.staged = staged
         self.cuda = FakeCuda(batches=batches)
         for array in self.allocations if known else self.layers:
             self.cuda.allocation(array.ctypes.data, array.nbytes)
@@ -105,7 +115,13 @@ class Rig:
         self.layout = ArenaLayout(SLOTS, geometry.chunk_bytes, GROUP_SLOTS)
         self.arena = mmap.mmap(-1, self.layout.total_bytes)
         self.copies = RankCopies(
-            memory.device, [geometry], self.layout, self.arena, rank=0, checksum=checksum
+            memory.device,
+            [geometry],
+            self.layout,
+            self.arena,
+            rank=0,
+            checksum=checksum,
+            staged=memory.staged,
         )
         self.copies.grow(self.layout.total_bytes)
         self.loop = WorkerLoop(self.segment, self.copies.backend)

@@ -14,14 +14,23 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench.gpu.lane import CacheShape, Lane
-from kvbm.transfer.method import CHUNK_BYTES, CHUNKS_AHEAD, SEGMENTS, STREAMS, CopyMethod
+from kvbm.transfer.method import (
+    CHUNK_BYTES,
+    CHUNKS_AHEAD,
+    SEGMENTS,
+    STAGED_CHUNKS_AHEAD,
+    STAGED_CTAS,
+    STAGED_STREAMS,
+    STREAMS,
+    CopyMethod,
+)
 
 COUNT = 512
 BLOCKS = 1100
@@ -35,10 +44,23 @@ SHAPES = (
     CacheShape("MLA, one slab", 61, 18 << 10, slab=True),
     CacheShape("8B bf16, cross-layer", 1, 2 << 20),
 )
+ALWAYS = 1 << 62
 METHODS = {
     "batch": CopyMethod(0, 0, SEGMENTS, CHUNK_BYTES, CHUNKS_AHEAD, STREAMS),
-    "pitched": CopyMethod(1, 2**63, SEGMENTS, CHUNK_BYTES, CHUNKS_AHEAD, STREAMS),
+    "pitched": CopyMethod(1, ALWAYS, SEGMENTS, CHUNK_BYTES, CHUNKS_AHEAD, STREAMS),
+    "staged": CopyMethod(
+        pitch_bytes=0,
+        pitched_below_bytes=0,
+        segments=SEGMENTS,
+        chunk_bytes=CHUNK_BYTES,
+        chunks_ahead=STAGED_CHUNKS_AHEAD,
+        streams=STAGED_STREAMS,
+        staged_loads_below_bytes=ALWAYS,
+        staged_stores_below_bytes=ALWAYS,
+        ctas=STAGED_CTAS,
+    ),
 }
+PATTERNS = ("runs", "descending", "random")
 SWEEP = tuple(
     CopyMethod(0, 0, segments, mib << 20, ahead, streams)
     for segments, mib, ahead, streams in (
@@ -49,6 +71,19 @@ SWEEP = tuple(
         (256, 16, 3, 2),
         (256, 32, 2, 2),
         (128, 16, 2, 2),
+    )
+)
+STAGED_SWEEP = tuple(
+    METHODS["staged"]._replace(chunk_bytes=mib << 20, chunks_ahead=ahead, streams=streams, ctas=n)
+    for mib, ahead, streams, n in (
+        (16, 2, 2, 8),
+        (16, 2, 2, 16),
+        (16, 2, 2, 32),
+        (8, 2, 2, 32),
+        (8, 4, 4, 32),
+        (16, 3, 3, 32),
+        (16, 4, 4, 16),
+        (16, 4, 4, 32),
     )
 )
 
@@ -100,6 +135,8 @@ def device_blocks(pattern: str, seed: int) -> tuple[list[int], list[int]]:
     """Return two disjoint sets of device blocks."""
     if pattern == "runs":
         return list(range(COUNT)), list(range(BLOCKS - COUNT, BLOCKS))
+    if pattern == "descending":  # as an engine hands out the blocks of finished requests
+        return list(range(COUNT))[::-1], list(range(BLOCKS - COUNT, BLOCKS))[::-1]
     blocks = list(range(BLOCKS))
     random.Random(seed).shuffle(blocks)
     return blocks[:COUNT], blocks[COUNT : 2 * COUNT]
@@ -112,6 +149,13 @@ def cpu_us(lane: Lane, copy: Callable[[], float]) -> tuple[float, float]:
     after = lane.backend.statistics()
     blocks = max(1, after["blocks"] - before["blocks"])
     return seconds, (after["submit_ns"] - before["submit_ns"]) / 1e3 / blocks
+
+
+def method_name(method: CopyMethod) -> str:
+    """Return what a method is called in the tables."""
+    if method.pitch_bytes:
+        return "pitched"
+    return "staged" if method.staged_loads_below_bytes else "batch"
 
 
 def measure_lane(lane: Lane, pattern: str, rounds: int, big: tuple[float, float]) -> Row:
@@ -139,7 +183,7 @@ def measure_lane(lane: Lane, pattern: str, rounds: int, big: tuple[float, float]
     speeds = size / store[0] / 1e9, size / load[0] / 1e9
     return Row(
         shape=lane.shape.name,
-        method="pitched" if lane.method.pitch_bytes else "batch",
+        method=method_name(lane.method),
         pattern=pattern,
         store=speeds[0],
         load=speeds[1],
@@ -281,16 +325,16 @@ def small_copy_us(lane: Lane, direction: str, pattern: str, way: str) -> tuple[f
     return statistics.median(times) * 1e6, max(times) * 1e6
 
 
-def sweep(rounds: int) -> None:
+def sweep(rounds: int, shapes: tuple[CacheShape, ...], methods: tuple[CopyMethod, ...]) -> None:
     """Speeds, and how long the engine's own small copies take, by the way of submission."""
     print("\nmedian, greatest us of a small copy (4 B out, 256 KiB in) beside a store, a load")
     print(
-        "| shape | segments | chunk MiB | ahead | streams | blocks | store | load "
+        "| shape | method | segments | chunk MiB | ahead | streams | CTAs | blocks | store | load "
         "| out, store | in, store | out, load | in, load |"
     )
-    print("|" + "---|" * 12)
-    for shape in (SHAPES[0], SHAPES[4]):
-        for method in SWEEP:
+    print("|" + "---|" * 14)
+    for shape in shapes:
+        for method in methods:
             lane = Lane(shape, BLOCKS, SLOTS, method)
             for pattern in ("runs", "random"):
                 row = measure_lane(lane, pattern, rounds, (1.0, 1.0))
@@ -300,9 +344,9 @@ def sweep(rounds: int) -> None:
                     for way in ("out", "in")
                 ]
                 print(
-                    f"| {shape.name} | {method.segments} | {method.chunk_bytes >> 20} "
-                    f"| {method.chunks_ahead} | {method.streams} | {pattern} "
-                    f"| {row.store:.1f} | {row.load:.1f} | "
+                    f"| {shape.name} | {row.method} | {method.segments} "
+                    f"| {method.chunk_bytes >> 20} | {method.chunks_ahead} | {method.streams} "
+                    f"| {method.ctas} | {pattern} | {row.store:.1f} | {row.load:.1f} | "
                     + " | ".join(f"{a:.0f}, {b:.0f}" for a, b in small)
                     + " |",
                     flush=True,
@@ -310,45 +354,67 @@ def sweep(rounds: int) -> None:
             lane.close()
 
 
+def beside(rounds: int, pairs: Sequence[tuple[CacheShape, CopyMethod]]) -> dict[str, object]:
+    """Print how much other work slows down beside copies of random blocks."""
+    found: dict[str, object] = {}
+    print(
+        "\n| shape | method | chunk MiB | ahead | streams | CTAs | work | direction | alone ms "
+        "| beside ms | slow-down | GB/s |"
+    )
+    print("|" + "---|" * 12)
+    for shape, method in pairs:
+        lane = Lane(shape, BLOCKS, SLOTS, method)
+        for kind in ("prefill GEMM 8192^3", "decode graph M=32"):
+            for direction in ("store", "load"):
+                alone, slowed, speed = slowdown(lane, kind, direction, rounds)
+                name = (
+                    f"{shape.name} | {method_name(method)} | {method.chunk_bytes >> 20} "
+                    f"| {method.chunks_ahead} | {method.streams} | {method.ctas} | {kind} "
+                    f"| {direction}"
+                )
+                print(
+                    f"| {name} | {alone:.2f} | {slowed:.2f} | {slowed / alone:.3f} | {speed:.1f} |",
+                    flush=True,
+                )
+                found[f"beside {name}"] = [alone, slowed, speed]
+        lane.close()
+    return found
+
+
 def main() -> None:
     """Run everything and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-table", action="store_true")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--staged-sweep", action="store_true")
     options = parser.parse_args()
     rows: list[Row] = []
     extra: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for shape in SHAPES:
+    for shape in () if options.no_table else SHAPES:
         size = COUNT * shape.block_bytes
         big = big_copies(size, options.rounds)
         print(
             f"{shape.name}: big copies {big[0]:.1f} / {big[1]:.1f}, both {big[2]:.1f}", flush=True
         )
-        for name in METHODS if shape.slab else ["batch"]:
+        for name in ("batch", "pitched") if shape.slab else ("batch", "staged"):
             lane = Lane(shape, BLOCKS, SLOTS, METHODS[name])
-            for pattern in ("runs", "random"):
+            for pattern in PATTERNS:
                 rows.append(measure_lane(lane, pattern, options.rounds, big[:2]))
                 both = both_at_once(lane, pattern, options.rounds)
                 print(f"  {name}, {pattern}: both at once {both:.1f} = {both / big[2]:.2f}")
                 extra[f"both {shape.name} {name} {pattern}"] = [both, big[2]]
             lane.close()
-    show(rows)
-    lane = Lane(SHAPES[0], BLOCKS, SLOTS)
-    print("\n| work | direction | alone ms | beside ms | slow-down | GB/s |")
-    print("|---|---|---|---|---|---|")
-    for kind in ("prefill GEMM 8192^3", "decode graph M=32"):
-        for direction in ("store", "load"):
-            alone, beside, speed = slowdown(lane, kind, direction, options.rounds)
-            print(
-                f"| {kind} | {direction} | {alone:.2f} | {beside:.2f} | {beside / alone:.3f} "
-                f"| {speed:.1f} |",
-                flush=True,
-            )
-            extra[f"beside {kind} {direction}"] = [alone, beside, speed]
-    lane.close()
+    if rows:
+        show(rows)
+    both_ways = [(SHAPES[i], METHODS[name]) for i in (0, 3) for name in ("batch", "staged")]
+    extra |= beside(options.rounds, both_ways)
     if options.sweep:
-        sweep(options.rounds)
+        sweep(options.rounds, (SHAPES[0], SHAPES[4]), SWEEP)
+    if options.staged_sweep:
+        sweep(options.rounds, (SHAPES[3], SHAPES[4]), STAGED_SWEEP)
+        beside(options.rounds, [(SHAPES[3], method) for method in STAGED_SWEEP])
     if options.json:
         options.json.write_text(json.dumps({"rows": [asdict(r) for r in rows], **extra}, indent=1))
 

@@ -194,9 +194,16 @@ class Lane:
         return time.perf_counter() - begin
 
     def collect(self, handles: Sequence[int]) -> None:
-        """Collect operations, all of which must have succeeded."""
+        """Collect operations that this rank is done with, all of which must have succeeded.
+
+        The rank's end comes before the operation's, by as long as its blocks take to be published.
+        """
+        deadline = time.monotonic() + TIMEOUT_S
         for handle in handles:
-            if self.table.collect(handle) is not True:
+            result = self.table.collect(handle)
+            while result is None and time.monotonic() < deadline:
+                result = self.table.collect(handle)
+            if result is not True:
                 raise RuntimeError("a copy failed")
 
     def snapshot(self, blocks: Sequence[int]) -> torch.Tensor:

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvbm._fast.atomics cimport kv_au64
 from kvbm._fast.backend cimport CopyBackend, StopCheck
 from kvbm._fast.cuda_device cimport CudaDevice, kv_cu_event, kv_cu_stream, kv_cuda
+from kvbm._fast.cuda_marks cimport CudaMarks
 from kvbm._fast.cuda_pieces cimport CudaPieces, Group
+from kvbm._fast.cuda_staging cimport CudaStaging
 from kvbm._fast.layout cimport kv_operation, kv_row
 
 cdef enum:
-    MARKS = 64                     # steps whose place in the engine's stream is remembered
     CHUNKS_MAX = 16                # chunks on a stream that have not ended
-
-
-cdef struct Marks:                 # places in the engine's stream, by step % MARKS
-    kv_cu_event event[64]
-    kv_au64 step[64]               # step + 1 of the place that was recorded last, 0 = none
 
 
 cdef struct Ticket:                # an operation under way
@@ -27,7 +22,6 @@ cdef struct Ticket:                # an operation under way
     uint32_t end_row               # rows before it have been submitted
     int result                     # status when these have arrived
     bint is_store
-    bint begun                     # its stream waits for its step
     bint submitting                # there are rows left
     uint32_t errors                # of the direction when it was submitted
     kv_row rows[128]
@@ -35,8 +29,9 @@ cdef struct Ticket:                # an operation under way
 
 
 cdef struct Direction:             # loads, or stores
-    kv_cu_stream streams[2]
-    kv_cu_event chunk[16]          # ends of the chunks that were submitted last
+    kv_cu_stream streams[4]
+    kv_cu_event copied[16]         # ends of the copies of the chunks that were submitted last
+    kv_cu_event chunk[16]          # ends of these chunks
     uint32_t submitted             # chunks; differences matter, they wrap around
     uint32_t ended
     uint32_t errors                # chunks that ended with one
@@ -49,6 +44,7 @@ cdef class CudaBackend(CopyBackend):
     cdef CudaDevice device
     cdef kv_cuda *cuda
     cdef CudaPieces pieces
+    cdef CudaStaging staging
     cdef list copiers              # HostCopier, one a KV-cache group; keeps the pointers valid
     cdef Group *groups
     cdef uint32_t group_count
@@ -56,10 +52,11 @@ cdef class CudaBackend(CopyBackend):
     cdef uint32_t stream_count     # of a direction: chunks take turns
     cdef uint32_t flags
     cdef uint64_t block_bytes
+    cdef uint64_t stage_bytes      # of a staging buffer: the largest chunk that goes through it
     cdef Direction loads
     cdef Direction stores
-    cdef Marks bound
-    cdef Marks filled
+    cdef CudaMarks bound           # what loads, and stores, of a step come after
+    cdef CudaMarks filled
     cdef Ticket *tickets
     cdef bint opened
     cdef bint off
@@ -72,9 +69,14 @@ cdef class CudaBackend(CopyBackend):
     cdef bint has_room(self, Direction *direction) noexcept nogil
     cdef bint follow_last(self, Direction *direction, kv_cu_stream stream) noexcept nogil
     cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil
-    cdef int copy_rows(self, Ticket *ticket, uint32_t stop_row) noexcept nogil
+    cdef int copy_rows(self, Direction *direction, Ticket *ticket, uint32_t stop_row,
+                       kv_cu_stream stream, bint staged) noexcept nogil
+    cdef bint submit_pieces(self, Direction *direction, kv_cu_stream stream) noexcept nogil
+    cdef bint submit_staged(self, Direction *direction, kv_cu_stream stream,
+                            bint is_store) noexcept nogil
+    cdef bint mark_copied(self, Direction *direction, kv_cu_stream stream) noexcept nogil
     cdef void end_submission(self, Direction *direction, Ticket *ticket, int result) noexcept nogil
-    cdef bint wait_for_step(self, uint64_t step, Marks *marks, kv_cu_stream stream) noexcept nogil
+    cdef bint wait_for_step(self, Ticket *ticket, kv_cu_stream stream) noexcept nogil
     cdef int arrived(self, Ticket *ticket, uint32_t *failed_row) noexcept nogil
+    cdef bint good(self, int error, const char *what) noexcept nogil
     cdef void failed(self, const char *what, int error) noexcept nogil
-    cdef void mark(self, Marks *marks, uint64_t step, uint64_t stream) noexcept nogil

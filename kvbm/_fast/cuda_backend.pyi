@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
+from typing import Any
 
 from typing_extensions import Self, disjoint_base
 
@@ -13,10 +14,12 @@ class CudaBackend(CopyBackend):
         cls,
         device: CudaDevice,
         copiers: list[HostCopier],
-        methods: Sequence[tuple[int, int, int, int, int, int]],
+        methods: Sequence[Any],
         *,
         checksum: bool = False,
     ) -> Self: ...
     @property
     def is_switched_off(self) -> bool: ...
+    @property
+    def staging_bytes(self) -> int: ...
     def statistics(self) -> dict[str, int]: ...

@@ -10,15 +10,13 @@ come after, and is followed by an event; it has ended when the event has. Nobody
     load stream         wait ------------+ copies of step s   |
     store stream                         wait ----------------+ copies of step s
 
-`bind` and `fill` are events that the engine's thread records at these moments: 0.2 us each. The
-events of a step are reused MARKS steps later; a copy that is so late waits for the younger step,
-which is more than it must and never less.
+`bind` and `fill` are events that the engine's thread records then, 0.2 us each (cuda_marks.pyx).
 
-An operation is submitted in chunks, and only a few chunks are on their way at a time, each behind
-the one before it, on two streams in turn. A copy engine stays with a stream as long as that has
-work: on one stream, the few bytes that the engine itself copies in each step (tokens and tables in,
-samples out) would wait until all chunks are done; so they wait for one. `poll` submits the next
-chunk when the oldest has ended, and looks before each whether the operation is to stop.
+An operation is submitted in chunks, and only a few chunks are on their way at a time, the copies of
+each behind those of the one before it, on several streams in turn. A copy engine stays with a
+stream as long as that has work: on one stream, the few bytes that the engine itself copies in each
+step (tokens and tables in, samples out) would wait until all chunks are done; so they wait for one.
+`poll` submits the next chunk when the oldest has ended, and looks before each whether to stop.
 
 Slot headers are written by this thread, before the submission and when the event has ended. After
 FAILURES_MAX errors in a row the backend gives up: it fails every operation from there on.
@@ -29,12 +27,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvbm._fast.atomics cimport (
-    kv_u32_load_relaxed,
-    kv_u64_load_acquire,
-    kv_u64_load_relaxed,
-    kv_u64_store_release,
-)
+from kvbm._fast.atomics cimport kv_u32_load_relaxed, kv_u64_load_relaxed
 from kvbm._fast.backend cimport (
     COPY_DONE,
     COPY_FAILED,
@@ -71,14 +64,16 @@ from kvbm._fast.cuda_device cimport (
     kv_cu_event,
     kv_cu_stream,
 )
+from kvbm._fast.cuda_marks cimport MARK_UNKNOWN, CudaMarks
 from kvbm._fast.cuda_pieces cimport SEGMENTS_MAX, CudaPieces, Group
+from kvbm._fast.cuda_staging cimport CudaStaging, can_stage
 from kvbm._fast.layout cimport KV_ROWS, KV_STORE, kv_operation, kv_row
 
 logger = logging.getLogger("kvbm.cuda")
 
 cdef enum:
     DEPTH = 4              # operations of a kind under way: the bus is busy while one is submitted
-    STREAMS_MAX = 2        # of a direction
+    STREAMS_MAX = 4        # of a direction
     FAILURES_MAX = 3       # in a row, then the backend gives up
 
 
@@ -92,8 +87,7 @@ cdef class CudaBackend(CopyBackend):
     copiers : list of HostCopier
         One a KV-cache group, in order, whose regions have addresses on the device.
     methods : sequence of CopyMethod
-        One a group: (pitch_bytes, pitched_below_bytes, segments, chunk_bytes, chunks_ahead,
-        streams), from `kvbm.transfer.method`.
+        One a group, from `kvbm.transfer.method`.
     checksum : bool
         Write a checksum of the arena's bytes with each stored slot, and verify it with each loaded
         one.
@@ -118,27 +112,18 @@ cdef class CudaBackend(CopyBackend):
         self.copiers = list(copiers)
         self.flags = KV_COPY_WITH_CHECKSUM if checksum else 0
         self.pieces = CudaPieces(device)
+        self.bound = CudaMarks(device)
+        self.filled = CudaMarks(device)
         self.group_count = <uint32_t>len(copiers)
         self.groups = <Group *>calloc(self.group_count, sizeof(Group))
         self.tickets = <Ticket *>calloc(PLACES, sizeof(Ticket))
         if self.groups == NULL or self.tickets == NULL:
             raise MemoryError("no memory for a backend's tables")
-        for i, (pitch, below, segments, chunk_bytes, ahead, streams) in enumerate(methods):
-            if not (0 < segments <= SEGMENTS_MAX and 0 < chunk_bytes and 0 < ahead < CHUNKS_MAX
-                    and 0 < streams <= STREAMS_MAX):
-                raise ValueError(
-                    f"segments={segments}, chunk_bytes={chunk_bytes}, chunks_ahead={ahead}, "
-                    f"streams={streams} are not allowed: 1 to {SEGMENTS_MAX}, 1 or more, "
-                    f"1 to {CHUNKS_MAX - 1}, 1 to {STREAMS_MAX}")
+        for i, method in enumerate(methods):
             copier = copiers[i]
             self.groups[i].copier = &copier.copier
-            self.groups[i].pitch = pitch
-            self.groups[i].pitched_below = below
-            self.groups[i].segments = segments
-            self.groups[i].chunk_rows = max(
-                1, min(KV_ROWS, chunk_bytes // copier.copier.block_bytes))
-            self.chunks_ahead = ahead
-            self.stream_count = streams
+            CudaBackend_method(self, &self.groups[i], method)
+        self.staging = CudaStaging(device, self.stage_bytes, self.stream_count)
         self.block_bytes = self.groups[0].copier.block_bytes
         CudaBackend_open(self)
 
@@ -151,6 +136,11 @@ cdef class CudaBackend(CopyBackend):
         """Whether the backend has given up after too many errors."""
         return self.off
 
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory that copies go through."""
+        return self.staging.total_bytes
+
     def set_usable_slots(self, count: int) -> None:
         """Let copies touch the first `count` slots of the arena; their memory is registered."""
         for copier in self.copiers:
@@ -158,7 +148,8 @@ cdef class CudaBackend(CopyBackend):
 
     def statistics(self) -> dict[str, int]:
         """What has been submitted: calls of the driver, pieces, blocks, and time in nanoseconds."""
-        return {"calls": self.pieces.calls, "pieces": self.pieces.pieces, "blocks": self.blocks,
+        return {"calls": self.pieces.calls + self.staging.calls, "pieces": self.pieces.pieces,
+                "kernels": self.staging.kernels, "blocks": self.blocks,
                 "submit_ns": self.submit_ns}
 
     def close(self) -> None:
@@ -173,13 +164,10 @@ cdef class CudaBackend(CopyBackend):
                     StopCheck should_stop, void *context, uint32_t *failed_row) noexcept nogil:
         cdef Ticket *ticket = &self.tickets[place]
         cdef Direction *direction
-        cdef int error
         failed_row[0] = 0
         if self.off or op.group >= self.group_count or op.row_count > KV_ROWS:
             return COPY_FAILED
-        error = self.cuda.context_set(self.device.context)
-        if error != KV_CU_SUCCESS:
-            self.failed("cuCtxSetCurrent", error)
+        if not self.good(self.cuda.context_set(self.device.context), "cuCtxSetCurrent"):
             return COPY_FAILED
         ticket.is_store = kv_u32_load_relaxed(&op.kind) == KV_STORE
         direction = &self.stores if ticket.is_store else &self.loads
@@ -189,7 +177,6 @@ cdef class CudaBackend(CopyBackend):
         ticket.group = op.group
         ticket.count = op.row_count
         ticket.end_row = 0
-        ticket.begun = False
         ticket.errors = direction.errors
         ticket.submitting = True
         memcpy(ticket.rows, op.rows, ticket.count * sizeof(kv_row))
@@ -239,48 +226,49 @@ cdef class CudaBackend(CopyBackend):
         return direction.submitted - direction.ended < self.chunks_ahead
 
     cdef bint follow_last(self, Direction *direction, kv_cu_stream stream) noexcept nogil:
-        """Make a stream wait for the chunk that was submitted last."""
+        """Make a stream wait for the copies of the chunk that was submitted last."""
         cdef uint32_t last = direction.submitted - 1
-        cdef int error
         if self.stream_count == 1 or direction.ended == direction.submitted:
             return True
-        error = self.cuda.stream_wait(stream, direction.chunk[last % CHUNKS_MAX], 0)
-        if error != KV_CU_SUCCESS:
-            self.failed("cuStreamWaitEvent", error)
-        return error == KV_CU_SUCCESS
+        return self.good(self.cuda.stream_wait(stream, direction.copied[last % CHUNKS_MAX], 0),
+                         "cuStreamWaitEvent")
 
     cdef bint submit_chunk(self, Direction *direction, Ticket *ticket) noexcept nogil:
-        """Submit the next rows of an operation; its end as well if they are the last."""
+        """Submit the next rows of an operation, and its end if they are the last."""
         cdef Group *group = &self.groups[ticket.group]
         cdef uint32_t stop_row = min(ticket.count, ticket.end_row + group.chunk_rows)
-        cdef kv_cu_stream stream = direction.streams[direction.submitted % self.stream_count]
-        cdef bint ordered = self.follow_last(direction, stream)
-        cdef int result, error
-        if ordered and not ticket.begun:
-            ticket.begun = True
-            ordered = self.wait_for_step(
-                ticket.step, &self.filled if ticket.is_store else &self.bound, stream)
-        if not ordered:
+        cdef uint32_t turn = direction.submitted % self.stream_count
+        cdef kv_cu_stream stream = direction.streams[turn]
+        cdef bint staged = self.staging.wanted(group, ticket.is_store, &ticket.rows[ticket.end_row],
+                                               stop_row - ticket.end_row)
+        cdef int result
+        # For each chunk: the kernel of a staged store does not follow the chunk before.
+        if not self.wait_for_step(ticket, stream):
             self.end_submission(direction, ticket, COPY_FAILED)
             return True
-        self.pieces.begin(group, ticket.is_store, stream)
-        result = self.copy_rows(ticket, stop_row)
-        error = self.cuda.event_record(direction.chunk[direction.submitted % CHUNKS_MAX], stream)
-        if error == KV_CU_SUCCESS:
+        if staged:
+            self.staging.begin(group, ticket.is_store, stream, turn)
+        else:
+            self.pieces.begin(group, ticket.is_store, stream)
+        result = self.copy_rows(direction, ticket, stop_row, stream, staged)
+        if self.good(self.cuda.event_record(direction.chunk[direction.submitted % CHUNKS_MAX],
+                                            stream), "cuEventRecord"):
             direction.submitted += 1
         else:
-            self.failed("cuEventRecord", error)
             result = COPY_FAILED
         if result != COPY_DONE or ticket.end_row == ticket.count:
             self.end_submission(direction, ticket, result)
         return True
 
-    cdef int copy_rows(self, Ticket *ticket, uint32_t stop_row) noexcept nogil:
+    cdef int copy_rows(self, Direction *direction, Ticket *ticket, uint32_t stop_row,
+                       kv_cu_stream stream, bint staged) noexcept nogil:
         """Submit the rows from `end_row` to `stop_row`; moves `end_row`."""
         cdef Group *group = &self.groups[ticket.group]
         cdef kv_copy_run run
         cdef uint32_t row = ticket.end_row
         cdef int error, status = COPY_DONE
+        if not staged and not self.follow_last(direction, stream):
+            return COPY_FAILED
         while row < stop_row and status == COPY_DONE:
             if form_run(group.copier, <const uint8_t *>ticket.rows, sizeof(kv_row), ticket.digests,
                         row, stop_row, &run) != KV_COPY_OK:
@@ -290,32 +278,61 @@ cdef class CudaBackend(CopyBackend):
                 mark_filling(group.copier, &run)
             elif check_before(group.copier, &run, self.flags) != KV_COPY_OK:
                 status = COPY_FAILED  # the rows of the run before the bad one are copied
-            error = self.pieces.add_run(group, &run)
-            if error != KV_CU_SUCCESS:
-                self.failed(self.pieces.failed_call, error)
-                return COPY_FAILED
+            if staged:
+                self.staging.add_run(&run)
+            else:
+                error = self.pieces.add_run(group, &run)
+                if error != KV_CU_SUCCESS:
+                    self.failed(self.pieces.failed_call, error)
+                    return COPY_FAILED
             row += run.count
-        error = self.pieces.flush()
-        if error != KV_CU_SUCCESS:
-            self.failed(self.pieces.failed_call, error)
+        if not (self.submit_staged(direction, stream, ticket.is_store) if staged
+                else self.submit_pieces(direction, stream)):
             return COPY_FAILED
         ticket.end_row = row
         return status
 
+    cdef bint submit_pieces(self, Direction *direction, kv_cu_stream stream) noexcept nogil:
+        """Submit what is left of a chunk."""
+        cdef int error = self.pieces.flush()
+        return self.good(error, self.pieces.failed_call) and self.mark_copied(direction, stream)
+
+    cdef bint submit_staged(self, Direction *direction, kv_cu_stream stream,
+                            bint is_store) noexcept nogil:
+        """Submit a chunk that goes through the staging buffer.
+
+        Its copies come behind those of the chunk before, its kernel runs beside them.
+        """
+        self.staging.arrange()
+        return ((not is_store or self.good(self.staging.launch(), "cuLaunchKernel"))
+                and self.follow_last(direction, stream)
+                and self.good(self.staging.copy(), "cuMemcpy2DAsync")
+                and self.mark_copied(direction, stream)
+                and (is_store or self.good(self.staging.launch(), "cuLaunchKernel")))
+
+    cdef bint mark_copied(self, Direction *direction, kv_cu_stream stream) noexcept nogil:
+        """The next chunk's copies may begin."""
+        return self.good(self.cuda.event_record(
+            direction.copied[direction.submitted % CHUNKS_MAX], stream), "cuEventRecord")
+
     cdef void end_submission(self, Direction *direction, Ticket *ticket, int result) noexcept nogil:
         """No more rows; the event tells when those that were submitted have ended.
 
-        Also after an error: the memory of their slots must not be used again before.
+        Also after an error: the memory of their slots must not be used again before. The last chunk
+        is behind those of its own stream; those before it on the others may end later.
         """
         cdef uint32_t last = direction.submitted - 1
-        cdef int error = self.cuda.event_record(
-            ticket.ended, direction.streams[last % self.stream_count])
+        cdef kv_cu_stream stream = direction.streams[last % self.stream_count]
+        cdef int error = KV_CU_SUCCESS
+        cdef uint32_t i
+        for i in range(1, self.stream_count):
+            if error == KV_CU_SUCCESS:
+                error = self.cuda.stream_wait(stream, direction.chunk[(last - i) % CHUNKS_MAX], 0)
+        if error == KV_CU_SUCCESS:
+            error = self.cuda.event_record(ticket.ended, stream)
         ticket.submitting = False
-        ticket.result = result
+        ticket.result = result if self.good(error, "the end of an operation") else COPY_FAILED
         self.blocks += ticket.end_row
-        if error != KV_CU_SUCCESS:
-            self.failed("cuEventRecord", error)
-            ticket.result = COPY_FAILED
 
     cdef int poll(self, uint32_t place, uint32_t *failed_row) noexcept nogil:
         cdef Ticket *ticket = &self.tickets[place]
@@ -369,6 +386,11 @@ cdef class CudaBackend(CopyBackend):
         failed_row[0] = ticket.end_row
         return ticket.result
 
+    cdef bint good(self, int error, const char *what) noexcept nogil:
+        if error != KV_CU_SUCCESS:
+            self.failed(what, error)
+        return error == KV_CU_SUCCESS
+
     cdef void failed(self, const char *what, int error) noexcept nogil:
         """Tell about an error; give up after too many in a row."""
         self.failures += 1
@@ -387,91 +409,92 @@ cdef class CudaBackend(CopyBackend):
     cdef uint64_t bytes_per_block(self) noexcept nogil:
         return self.block_bytes
 
-    cdef bint wait_for_step(self, uint64_t step, Marks *marks, kv_cu_stream stream) noexcept nogil:
-        """Make a stream wait for the place of a step, or of the next later one that is known."""
-        cdef uint32_t i, best = step % MARKS
-        cdef uint64_t found = kv_u64_load_acquire(&marks.step[best]), other
+    cdef bint wait_for_step(self, Ticket *ticket, kv_cu_stream stream) noexcept nogil:
         cdef int error
-        if step == 0:
-            return True  # before the first step nothing has been put on the engine's stream
-        if found <= step:
-            found = 0
-            for i in range(MARKS):
-                other = kv_u64_load_acquire(&marks.step[i])
-                if other > step and (found == 0 or other < found):
-                    best, found = i, other
-            if found == 0:
-                return False  # its place could not be recorded, which has been told
-        error = self.cuda.stream_wait(stream, marks.event[best], 0)
-        if error != KV_CU_SUCCESS:
-            self.failed("cuStreamWaitEvent", error)
-        return error == KV_CU_SUCCESS
+        if ticket.is_store:
+            error = self.filled.make_wait(stream, ticket.step)
+        else:
+            error = self.bound.make_wait(stream, ticket.step)
+        return error != MARK_UNKNOWN and self.good(error, "cuStreamWaitEvent")
 
     # ---- engine thread ---------------------------------------------------------------------------
-    cdef void mark(self, Marks *marks, uint64_t step, uint64_t stream) noexcept nogil:
-        cdef uint32_t i = step % MARKS
-        cdef int error
-        if self.off:
-            return
-        error = self.cuda.event_record(marks.event[i], <kv_cu_stream><uintptr_t>stream)
-        if error == KV_CU_SUCCESS:
-            kv_u64_store_release(&marks.step[i], step + 1)
-        else:
-            self.failed("cuEventRecord on the engine's stream", error)
-
     cdef void step_bound(self, uint64_t step, uint64_t stream) noexcept nogil:
-        self.mark(&self.bound, step, stream)
+        if not self.off:
+            self.good(self.bound.record(step, <kv_cu_stream><uintptr_t>stream), "cuEventRecord")
 
     cdef void step_filled(self, uint64_t step, uint64_t stream) noexcept nogil:
-        self.mark(&self.filled, step, stream)
+        if not self.off:
+            self.good(self.filled.record(step, <kv_cu_stream><uintptr_t>stream), "cuEventRecord")
 
     cdef bint engine_after(self, uint32_t place, uint64_t stream) noexcept nogil:
         return self.cuda.stream_wait(<kv_cu_stream><uintptr_t>stream, self.tickets[place].ended,
                                      0) == KV_CU_SUCCESS
 
 
+cdef int CudaBackend_method(CudaBackend self, Group *group, method) except -1:
+    if not (0 < method.segments <= SEGMENTS_MAX and 0 < method.chunk_bytes
+            and 0 < method.chunks_ahead < CHUNKS_MAX and 0 < method.streams <= STREAMS_MAX
+            and method.ctas > 0):
+        raise ValueError(
+            f"{method} is not allowed: segments 1 to {SEGMENTS_MAX}, chunks_ahead 1 to "
+            f"{CHUNKS_MAX - 1}, streams 1 to {STREAMS_MAX}, chunk_bytes and ctas 1 or more")
+    group.pitch = method.pitch_bytes
+    group.pitched_below = method.pitched_below_bytes
+    group.segments = method.segments
+    group.chunk_rows = max(1, min(KV_ROWS, method.chunk_bytes // group.copier.block_bytes))
+    if can_stage(group.copier) and group.copier.block_bytes <= method.chunk_bytes:
+        group.staged_loads_below = method.staged_loads_below_bytes
+        group.staged_stores_below = method.staged_stores_below_bytes
+        if group.copier.regions.chunk_bytes < max(group.staged_loads_below,
+                                                  group.staged_stores_below):
+            self.stage_bytes = max(self.stage_bytes, group.chunk_rows * group.copier.block_bytes)
+    group.ctas = method.ctas
+    self.chunks_ahead = method.chunks_ahead
+    self.stream_count = method.streams
+    return 0
+
+
 cdef int CudaBackend_open(CudaBackend self) except -1:
     cdef CudaDevice device = self.device
+    cdef Direction **directions = [&self.loads, &self.stores]
+    cdef Direction *direction
     cdef int least = 0, greatest = 0
     cdef uint32_t i
     device.enter()
     device.check("cuCtxGetStreamPriorityRange", self.cuda.priority_range(&least, &greatest))
-    for i in range(2 * STREAMS_MAX):
-        device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
-            &self.loads.streams[i // 2] if i % 2 else &self.stores.streams[i // 2],
-            KV_CU_STREAM_NON_BLOCKING, least))
-    self.opened = True
-    for i in range(MARKS):
-        CudaBackend_event(self, &self.bound.event[i])
-        CudaBackend_event(self, &self.filled.event[i])
+    for direction in directions[:2]:
+        for i in range(STREAMS_MAX):
+            device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
+                &direction.streams[i], KV_CU_STREAM_NON_BLOCKING, least))
+        for i in range(CHUNKS_MAX):
+            CudaBackend_event(self, &direction.copied[i])
+            CudaBackend_event(self, &direction.chunk[i])
     for i in range(PLACES):
         CudaBackend_event(self, &self.tickets[i].ended)
-    for i in range(CHUNKS_MAX):
-        CudaBackend_event(self, &self.loads.chunk[i])
-        CudaBackend_event(self, &self.stores.chunk[i])
+    self.opened = True
     return 0
 
 
 cdef int CudaBackend_event(CudaBackend self, kv_cu_event *event) except -1:
-    return self.device.check(
-        "cuEventCreate", self.cuda.event_create(event, KV_CU_EVENT_DISABLE_TIMING))
+    self.device.check("cuEventCreate", self.cuda.event_create(event, KV_CU_EVENT_DISABLE_TIMING))
 
 
 cdef int CudaBackend_close(CudaBackend self) except -1:
-    cdef kv_cu_stream *streams = [self.loads.streams[0], self.loads.streams[1],
-                                  self.stores.streams[0], self.stores.streams[1]]
+    cdef Direction **directions = [&self.loads, &self.stores]
+    cdef Direction *direction
     cdef uint32_t i
     self.device.enter()
-    with nogil:
-        for i in range(2 * STREAMS_MAX):
-            self.cuda.stream_synchronize(streams[i])
-            self.cuda.stream_destroy(streams[i])
-    for i in range(MARKS):
-        self.cuda.event_destroy(self.bound.event[i])
-        self.cuda.event_destroy(self.filled.event[i])
+    for direction in directions[:2]:
+        for i in range(STREAMS_MAX):
+            with nogil:
+                self.cuda.stream_synchronize(direction.streams[i])
+                self.cuda.stream_destroy(direction.streams[i])
+        for i in range(CHUNKS_MAX):
+            self.cuda.event_destroy(direction.copied[i])
+            self.cuda.event_destroy(direction.chunk[i])
     for i in range(PLACES):
         self.cuda.event_destroy(self.tickets[i].ended)
-    for i in range(CHUNKS_MAX):
-        self.cuda.event_destroy(self.loads.chunk[i])
-        self.cuda.event_destroy(self.stores.chunk[i])
+    self.bound.close()
+    self.filled.close()
+    self.staging.close()
     return 0

@@ -26,9 +26,15 @@ cdef extern from "cuda_driver.h" nogil:
         pass
     ctypedef struct kv_cu_event_st:
         pass
+    ctypedef struct kv_cu_module_st:
+        pass
+    ctypedef struct kv_cu_function_st:
+        pass
     ctypedef kv_cu_context_st *kv_cu_context
     ctypedef kv_cu_stream_st *kv_cu_stream
     ctypedef kv_cu_event_st *kv_cu_event
+    ctypedef kv_cu_module_st *kv_cu_module
+    ctypedef kv_cu_function_st *kv_cu_function
     ctypedef uint64_t kv_cu_pointer
 
     ctypedef struct kv_cu_copy_2d:
@@ -72,6 +78,16 @@ cdef extern from "cuda_driver.h" nogil:
         int (*copy_to_host)(void *to, kv_cu_pointer source, size_t bytes,
                             kv_cu_stream stream) noexcept nogil
         int (*copy_2d)(const kv_cu_copy_2d *copy, kv_cu_stream stream) noexcept nogil
+        int (*memory_allocate)(kv_cu_pointer *memory, size_t bytes) noexcept nogil
+        int (*memory_free)(kv_cu_pointer memory) noexcept nogil
+        int (*module_load)(kv_cu_module *module, const void *image) noexcept nogil
+        int (*module_unload)(kv_cu_module module) noexcept nogil
+        int (*module_function)(kv_cu_function *function, kv_cu_module module,
+                               const char *name) noexcept nogil
+        int (*launch)(kv_cu_function function, unsigned int grid_x, unsigned int grid_y,
+                      unsigned int grid_z, unsigned int block_x, unsigned int block_y,
+                      unsigned int block_z, unsigned int shared_bytes, kv_cu_stream stream,
+                      void **parameters, void **extra) noexcept nogil
         int (*copy_batch)(kv_cu_pointer *to, kv_cu_pointer *source, size_t *bytes, size_t count,
                           kv_cu_batch_attribute *attributes, size_t *indices,
                           size_t attribute_count, size_t *failed,

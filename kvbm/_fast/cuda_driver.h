@@ -21,6 +21,8 @@ typedef int kv_cu_device;
 typedef struct kv_cu_context_st *kv_cu_context;
 typedef struct kv_cu_stream_st *kv_cu_stream;
 typedef struct kv_cu_event_st *kv_cu_event;
+typedef struct kv_cu_module_st *kv_cu_module;
+typedef struct kv_cu_function_st *kv_cu_function;
 typedef uint64_t kv_cu_pointer;
 
 enum {
@@ -94,7 +96,17 @@ _Static_assert(sizeof(kv_cu_batch_attribute) == 24, "CUmemcpyAttributes_v1");
       (kv_cu_pointer to, const void *source, size_t bytes, kv_cu_stream stream))                   \
     X(copy_to_host, "cuMemcpyDtoHAsync", 12000,                                                    \
       (void *to, kv_cu_pointer source, size_t bytes, kv_cu_stream stream))                         \
-    X(copy_2d, "cuMemcpy2DAsync", 12000, (const kv_cu_copy_2d *copy, kv_cu_stream stream))
+    X(copy_2d, "cuMemcpy2DAsync", 12000, (const kv_cu_copy_2d *copy, kv_cu_stream stream))         \
+    X(memory_allocate, "cuMemAlloc", 12000, (kv_cu_pointer *memory, size_t bytes))                 \
+    X(memory_free, "cuMemFree", 12000, (kv_cu_pointer memory))                                     \
+    X(module_load, "cuModuleLoadData", 12000, (kv_cu_module *module, const void *image))           \
+    X(module_unload, "cuModuleUnload", 12000, (kv_cu_module module))                               \
+    X(module_function, "cuModuleGetFunction", 12000,                                               \
+      (kv_cu_function *function, kv_cu_module module, const char *name))                           \
+    X(launch, "cuLaunchKernel", 12000,                                                             \
+      (kv_cu_function function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,     \
+       unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared,      \
+       kv_cu_stream stream, void **parameters, void **extra))
 
 typedef struct kv_cuda {
     void *library;

@@ -15,6 +15,9 @@ cdef struct Group:                 # a KV-cache group and how to copy it: kvbm/t
     uint64_t pitched_below         # 2D copies for pieces smaller than this
     uint32_t segments              # pieces in one submission
     uint32_t chunk_rows            # rows between two events
+    uint64_t staged_loads_below    # chunks of shorter pieces go through the staging buffer
+    uint64_t staged_stores_below
+    uint32_t ctas                  # of the kernel that works on it
 
 
 cdef struct Batch:                 # pieces that have not been submitted yet

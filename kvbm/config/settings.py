@@ -68,6 +68,11 @@ class Settings(BaseModel):
     verify_host: Truthy = _supported(
         "DYN_KVBM_VERIFY_HOST", False, "Check a checksum of host blocks when they are loaded."
     )
+    device_staging: Truthy = _supported(
+        "DYN_KVBM_DEVICE_STAGING",
+        True,
+        "Copy blocks of many short pieces through buffers on the GPU, 128 MiB in all. 0: straight.",
+    )
     disable_write_combined: FlagSet = _unneeded(
         "DYN_KVBM_DISABLE_WRITE_COMBINED",
         False,

@@ -126,6 +126,8 @@ class RankCopies:
         Rank of the worker.
     checksum
         Write and verify checksums of slots.
+    staged
+        Short pieces may go through a buffer on the device.
     keep_alive
         Owner of the KV cache's memory.
 
@@ -144,6 +146,7 @@ class RankCopies:
         *,
         rank: int,
         checksum: bool = False,
+        staged: bool = True,
         keep_alive: object = None,
     ) -> None:
         self._layout = layout
@@ -167,7 +170,7 @@ class RankCopies:
         if device.kind == "cpu":
             self.backend = HostBackend(self.copiers, checksum=checksum)
         else:
-            self.backend = self._open_cuda(device, geometries, self.copiers, checksum)
+            self.backend = self._open_cuda(device, geometries, self.copiers, checksum, staged)
         self.backend.set_usable_slots(0)
 
     def _open_cuda(
@@ -176,24 +179,27 @@ class RankCopies:
         geometries: Sequence[KvGeometry],
         copiers: list[HostCopier],
         checksum: bool,
+        staged: bool,
     ) -> CopyBackend:
         try:
             cuda = CudaDevice(device.index, library=device.library)
             methods = [
-                copy_method(g, cuda.allocation_of, has_batches=cuda.has_batches) for g in geometries
+                copy_method(g, cuda.allocation_of, has_batches=cuda.has_batches, staged=staged)
+                for g in geometries
             ]
             backend = CudaBackend(cuda, copiers, methods, checksum=checksum)
         except CudaFault as fault:
             raise TransferError(f"CUDA device {device.index} cannot be used: {fault}") from fault
         self._cuda = cuda
         logger.info(
-            "%s, driver for CUDA %d.%d: %s",
+            "%s, driver for CUDA %d.%d: %s, %d bytes of staging buffers",
             cuda.name,
             *cuda.driver_version,
             ", ".join(
                 f"2D copies at a pitch of {m.pitch_bytes} bytes" if m.pitch_bytes else "batches"
                 for m in methods
             ),
+            backend.staging_bytes,
         )
         return backend
 

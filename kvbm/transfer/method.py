@@ -16,8 +16,20 @@ one 2D copy a block                    50 / 50, 2 us    50 / 50, 3 us    49 / 46
 So: a 2D copy where the regions have one pitch inside one allocation and the pieces are short, else
 batches. Only loads may be read in any order: the arena is complete before a load begins, the source
 of a store is written by kernels before it in the stream. Runs of blocks make pieces long, which
-helps all of them; the arena's layout exists for that. Copies by a kernel are not chosen: storing
-with one slows other kernels by 1.4 to 3.5 times, and long pieces do not need it.
+helps all of them; the arena's layout exists for that.
+
+Where the pieces of a chunk are short all the same (blocks that are no neighbours), it goes through
+a staging buffer on the device: 2D copies between the buffer and runs of slots, and a kernel between
+the buffer and the blocks (kvbm/_fast/cuda_staging.pyx). 512 random blocks, GB/s and CPU as above:
+
+=====================================  ===============  ===============  ==================
+                                       32 x 64 KiB      80 x 8 KiB       61 x 18 KiB
+=====================================  ===============  ===============  ==================
+batches, 256 pieces each               52 / 50, 32 us   18 / 16, 40 us   23 / 20, 52 us
+staging buffer                         53 / 53, 2 us    50 / 52, 1 us    51 / 53, 1 us
+=====================================  ===============  ===============  ==================
+
+No kernel stores to host memory: one that does slows other kernels by 1.4 to 3.5 times.
 """
 
 from __future__ import annotations
@@ -50,6 +62,19 @@ CHUNKS_AHEAD = 2
 STREAMS = 2
 """Streams that the chunks of one direction take in turn, so that others' copies come between."""
 
+STAGED_BELOW_BYTES = 128 << 10
+"""Chunks whose pieces are shorter than this on the average go through the staging buffer: pieces of
+64 KiB keep the bus as busy, but take fifteen times the CPU, and two directions share the thread."""
+
+STAGED_CTAS = 32
+"""CTAs of the kernel between staging buffer and blocks: a chunk takes it 0.1 ms. 16 are slower for
+short pieces, 64 are no faster."""
+
+STAGED_STREAMS = STAGED_CHUNKS_AHEAD = 4
+"""Streams, each with a staging buffer, and chunks on their way. Two are as fast on an idle device;
+beside a prefill the kernels wait for other kernels to end, and four hide that (35 GB/s instead of
+20)."""
+
 Allocation = tuple[int, int]
 """Begin and size of an allocation, in bytes."""
 
@@ -70,7 +95,12 @@ class CopyMethod(NamedTuple):
     chunks_ahead
         Chunks on their way at most.
     streams
-        Streams of one direction, 1 or 2.
+        Streams of one direction, 1 to 4.
+    staged_loads_below_bytes, staged_stores_below_bytes
+        Chunks of shorter pieces go through a staging buffer on the device; 0 for none. Not where
+        there is a pitch.
+    ctas
+        Of the kernel that works on the staging buffer.
     """
 
     pitch_bytes: int
@@ -79,6 +109,9 @@ class CopyMethod(NamedTuple):
     chunk_bytes: int
     chunks_ahead: int
     streams: int
+    staged_loads_below_bytes: int = 0
+    staged_stores_below_bytes: int = 0
+    ctas: int = STAGED_CTAS
 
 
 def uniform_pitch(geometry: KvGeometry, allocation_of: Callable[[int], Allocation | None]) -> int:
@@ -118,6 +151,7 @@ def copy_method(
     allocation_of: Callable[[int], Allocation | None],
     *,
     has_batches: bool = True,
+    staged: bool = True,
 ) -> CopyMethod:
     """Choose how a group's pieces are submitted.
 
@@ -127,12 +161,18 @@ def copy_method(
         As for `uniform_pitch`.
     has_batches
         Whether the driver takes many copies in one call; without, a 2D copy is always better.
+    staged
+        Whether chunks may go through a staging buffer.
     """
+    pitch = uniform_pitch(geometry, allocation_of)
+    staged_below = STAGED_BELOW_BYTES if staged and not pitch else 0
     return CopyMethod(
-        pitch_bytes=uniform_pitch(geometry, allocation_of),
+        pitch_bytes=pitch,
         pitched_below_bytes=PITCHED_BELOW_BYTES if has_batches else 2**63,
         segments=SEGMENTS,
         chunk_bytes=CHUNK_BYTES,
-        chunks_ahead=CHUNKS_AHEAD,
-        streams=STREAMS,
+        chunks_ahead=STAGED_CHUNKS_AHEAD if staged_below else CHUNKS_AHEAD,
+        streams=STAGED_STREAMS if staged_below else STREAMS,
+        staged_loads_below_bytes=staged_below,
+        staged_stores_below_bytes=staged_below,
     )

@@ -5,7 +5,8 @@
  *
  *   - work on a stream runs in order, and no earlier than the waits in it allow;
  *   - a batch whose source order is ANY reads its source when it is submitted;
- *   - host memory of a copy lies in one registered piece, device memory in one allocation.
+ *   - host memory of a copy lies in one registered piece, device memory in one allocation;
+ *   - the package's one kernel does what cuda_staging.h says.
  *
  * The engine's stream is the null stream. A test holds it (a long kernel), puts kernels on it,
  * makes waits have no effect, and makes a function fail.
@@ -16,9 +17,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda_staging.h"
+
 enum { OK = 0, INVALID_VALUE = 1, NOT_READY = 600, NOT_SUPPORTED = 801 };
-enum { COPY, RECORD, WAIT, FILL };
-enum { COMMANDS = 1 << 16, STREAMS = 8, SPANS = 256 };
+enum { COPY, RECORD, WAIT, FILL, MOVE };
+enum { COMMANDS = 1 << 16, STREAMS = 16, SPANS = 256 };
 
 typedef struct { uint64_t recorded, reached; } event;
 typedef struct {
@@ -42,9 +45,10 @@ typedef struct {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static stream streams[STREAMS]; /* 0 is the null stream */
-static int stream_count = 1, held, waits_ignored, batches = 1;
+static int stream_count = 1, held, held_kernel, waits_ignored, batches = 1;
 static span registered[SPANS], allocations[SPANS];
 static int registered_count, allocation_count, events_alive, contexts_alive, streams_alive;
+static int memories_alive, modules_alive, kernels_launched;
 static char failing[64];
 static int fail_after, fail_times, fail_error;
 
@@ -74,12 +78,27 @@ static command *push(stream *s, int kind) {
     c->kind = kind;
     return c;
 }
+static void move_chunks(const kv_move *move) {
+    size_t bytes = 16 * (size_t)move->vectors;
+    for (uint32_t region = 0; region < move->regions; region++)
+        for (uint32_t row = 0; row < move->rows; row++) {
+            const kv_move_row *r = &move->row[row];
+            uint8_t *block = (uint8_t *)(move->base[region] + r->block * move->stride);
+            uint8_t *staged = (uint8_t *)move->staging + (r->first + region * r->pitch) * bytes;
+            if (!inside(allocations, allocation_count, block, bytes) ||
+                !inside(allocations, allocation_count, staged, bytes))
+                abort(); /* the real one would lose its context */
+            memcpy(move->to_staging ? staged : block, move->to_staging ? block : staged, bytes);
+        }
+}
 static int step(stream *s) {
     if (s->head == s->tail || (s == streams && held)) return 0;
     command *c = &s->commands[s->head % COMMANDS];
     if (c->kind == WAIT && !waits_ignored && c->about->reached < c->number) return 0;
+    if (c->kind == MOVE && (int)c->number == held_kernel) return 0;
     if (c->kind == COPY) memcpy(c->to, c->owned != NULL ? c->owned : c->source, c->bytes);
     if (c->kind == FILL) memset(c->to, (int)c->number, c->bytes);
+    if (c->kind == MOVE) move_chunks((const kv_move *)c->owned);
     if (c->kind == RECORD && c->about->reached < c->number) c->about->reached = c->number;
     free(c->owned);
     s->head++;
@@ -258,6 +277,64 @@ static int copy_batch(uint8_t **to, uint8_t **source, size_t *bytes, size_t coun
     LEAVE;
 }
 
+static int memory_allocate(uint8_t **memory, size_t bytes) {
+    ENTER("cuMemAlloc");
+    if (error == OK) {
+        *memory = malloc(bytes);
+        allocations[allocation_count++] = (span){*memory, bytes};
+        memories_alive++;
+    }
+    LEAVE;
+}
+static int memory_free(uint8_t *memory) {
+    ENTER("cuMemFree");
+    for (int i = 0; i < allocation_count; i++)
+        if (allocations[i].at == memory) {
+            allocations[i] = allocations[--allocation_count];
+            memories_alive--;
+            break;
+        }
+    free(memory);
+    LEAVE;
+}
+static int module_load(const void **module, const char *image) {
+    ENTER("cuModuleLoadData");
+    if (strcmp(image, KV_MOVE_PTX) != 0) error = INVALID_VALUE;
+    modules_alive += error == OK;
+    if (error == OK) *module = image;
+    LEAVE;
+}
+static int module_unload(const void *module) {
+    ENTER("cuModuleUnload");
+    (void)module;
+    modules_alive--;
+    LEAVE;
+}
+static int module_function(const void **function, const void *module, const char *name) {
+    ENTER("cuModuleGetFunction");
+    if (strcmp(name, KV_MOVE_NAME) != 0) error = INVALID_VALUE;
+    if (error == OK) *function = module;
+    LEAVE;
+}
+static int launch(const void *function, unsigned int grid_x, unsigned int grid_y,
+                  unsigned int grid_z, unsigned int block_x, unsigned int block_y,
+                  unsigned int block_z, unsigned int shared_bytes, stream *s, void **parameters,
+                  void **extra) {
+    ENTER("cuLaunchKernel");
+    const kv_move *move = parameters[0];
+    if (function == NULL || extra != NULL || shared_bytes != 0 || grid_x == 0 ||
+        block_x != KV_MOVE_THREADS || grid_y * grid_z * block_y * block_z != 1 ||
+        move->rows > KV_MOVE_ROWS_MAX || move->regions > KV_MOVE_REGIONS_MAX)
+        error = INVALID_VALUE;
+    if (error == OK) {
+        command *c = push(of(s), MOVE);
+        c->number = ++kernels_launched;
+        c->owned = malloc(sizeof *move);
+        memcpy(c->owned, move, sizeof *move);
+    }
+    LEAVE;
+}
+
 int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags,
                         int *status) {
     const struct { const char *symbol; void *function; } table[] = {
@@ -273,7 +350,10 @@ int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64
         {"cuMemHostRegister", host_register}, {"cuMemHostUnregister", host_unregister},
         {"cuPointerGetAttribute", pointer_attribute}, {"cuMemcpyHtoDAsync", copy_one},
         {"cuMemcpyDtoHAsync", copy_one}, {"cuMemcpy2DAsync", copy_pitched},
-        {"cuMemcpyBatchAsync", copy_batch},
+        {"cuMemcpyBatchAsync", copy_batch}, {"cuMemAlloc", memory_allocate},
+        {"cuMemFree", memory_free}, {"cuModuleLoadData", module_load},
+        {"cuModuleUnload", module_unload}, {"cuModuleGetFunction", module_function},
+        {"cuLaunchKernel", launch},
     };
     (void)version;
     (void)flags;
@@ -290,9 +370,14 @@ int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64
 /* ---- the test's side ------------------------------------------------------------------------- */
 void fake_reset(int with_batches) {
     batches = with_batches;
-    allocation_count = held = waits_ignored = fail_times = 0;
+    allocation_count = held = held_kernel = waits_ignored = fail_times = kernels_launched = 0;
 }
 void fake_hold(int on) { pthread_mutex_lock(&lock); held = on; pthread_mutex_unlock(&lock); }
+void fake_hold_kernel(int number) {
+    pthread_mutex_lock(&lock);
+    held_kernel = number;
+    pthread_mutex_unlock(&lock);
+}
 void fake_ignore_waits(int on) { waits_ignored = on; }
 void fake_allocation(uint8_t *at, size_t bytes) {
     allocations[allocation_count++] = (span){at, bytes};
@@ -314,4 +399,7 @@ void fake_kernel(uint8_t *to, int value, size_t bytes) {
     pthread_mutex_unlock(&lock);
 }
 void fake_run(void) { pthread_mutex_lock(&lock); advance(); pthread_mutex_unlock(&lock); }
-int fake_alive(void) { return registered_count + events_alive + contexts_alive + streams_alive; }
+int fake_alive(void) {
+    return registered_count + events_alive + contexts_alive + streams_alive + memories_alive +
+           modules_alive;
+}

@@ -10,16 +10,20 @@ import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("fake_cuda.c")
-BUILD = Path(__file__).resolve().parent.parent.parent / "build" / "fake_cuda"
+TOP = Path(__file__).resolve().parent.parent.parent
+HEADER = TOP / "kvbm" / "_fast" / "cuda_staging.h"
+BUILD = TOP / "build" / "fake_cuda"
 
 
 def _library() -> Path:
     """Return the library's path; compiled if it is not there yet."""
-    target = BUILD / f"{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    digest = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes()).hexdigest()
+    target = BUILD / f"{digest[:16]}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         draft = target.with_suffix(f".{os.getpid()}")
-        command = ["cc", "-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread", "-o"]
+        command = ["cc", "-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread"]
+        command += ["-I", str(HEADER.parent), "-o"]
         subprocess.run([*command, str(draft), str(SOURCE)], check=True)
         draft.rename(target)
     return target
@@ -41,6 +45,10 @@ class FakeCuda:
         """Put a long kernel on the engine's stream, or let it end."""
         self._library.fake_hold(int(on))
 
+    def hold_kernel(self, number: int) -> None:
+        """Let kernel ``number`` of the package, counted from 1, not begin; 0 lets all."""
+        self._library.fake_hold_kernel(number)
+
     def ignore_waits(self) -> None:
         """Make waits for events have no effect, as if nobody asked for them."""
         self._library.fake_ignore_waits(1)
@@ -59,5 +67,5 @@ class FakeCuda:
 
     @property
     def alive(self) -> int:
-        """Registered pieces, events, streams and contexts that exist."""
+        """What was made on the device, or registered with it, and still exists."""
         return int(self._library.fake_alive())

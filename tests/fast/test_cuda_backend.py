@@ -23,9 +23,14 @@ ILLEGAL_ADDRESS = 700
 FILLED = 7
 
 
-@pytest.fixture
-def memory() -> FakeMemory:
-    return FakeMemory()
+@pytest.fixture(params=[False, True], ids=["straight", "staged"])
+def memory(request: pytest.FixtureRequest) -> FakeMemory:
+    return FakeMemory(staged=request.param)
+
+
+def copying_call(memory: FakeMemory) -> str:
+    """Name of the driver's function that copies of this memory need."""
+    return "cuMemcpy2DAsync" if memory.staged else "cuMemcpyBatchAsync"
 
 
 @pytest.fixture
@@ -157,9 +162,7 @@ def test_an_operation_in_several_chunks_arrives_whole(rig: Rig, memory: FakeMemo
     assert [memory.read(39 + i) for i in range(9)] == [content(18 + i) for i in range(9)]
 
 
-@pytest.mark.parametrize(
-    "symbol", ["cuMemcpyBatchAsync", "cuStreamWaitEvent", "cuEventRecord", "cuEventQuery"]
-)
+@pytest.mark.parametrize("symbol", ["copy", "cuStreamWaitEvent", "cuEventRecord", "cuEventQuery"])
 def test_an_error_fails_the_operation_and_the_next_one_works(
     rig: Rig, memory: FakeMemory, symbol: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +172,7 @@ def test_an_error_fails_the_operation_and_the_next_one_works(
     lost = Keys(digests(2, "lost"))
     with caplog.at_level(logging.ERROR, "kvbm.cuda"):
         handle = rig.store(lost, [3, 4], 2)
+        symbol = copying_call(memory) if symbol == "copy" else symbol
         memory.cuda.fail(symbol, error=ILLEGAL_ADDRESS)
         rig.loop.fill_step(2)
         assert rig.collected(handle) is False
@@ -179,7 +183,7 @@ def test_an_error_fails_the_operation_and_the_next_one_works(
 
 def test_a_failed_load_names_its_device_blocks(rig: Rig, memory: FakeMemory) -> None:
     keys = rig.stored("a", [1, 2, 3])
-    memory.cuda.fail("cuMemcpyBatchAsync", error=ILLEGAL_ADDRESS)
+    memory.cuda.fail(copying_call(memory), error=ILLEGAL_ADDRESS)
     ref, handle = rig.load(keys, [21, 22, 23], 2)
     rig.loop.bind_step(2)
     assert wait_until(lambda: rig.loop.rank_ended(handle))
@@ -193,7 +197,7 @@ def test_after_three_errors_in_a_row_the_backend_gives_up_and_its_worker_counts_
     rig: Rig, memory: FakeMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig.loop.fill_step(1)
-    memory.cuda.fail("cuMemcpyBatchAsync", error=ILLEGAL_ADDRESS, times=3)
+    memory.cuda.fail(copying_call(memory), error=ILLEGAL_ADDRESS, times=3)
     with caplog.at_level(logging.ERROR, "kvbm.cuda"):
         for i in range(3):
             assert rig.collected(rig.store(Keys(digests(2, i)), [1, 2], 1)) is False

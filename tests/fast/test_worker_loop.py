@@ -20,10 +20,12 @@ MEMORIES: dict[str, Callable[[], DeviceMemory]] = {
     "cuda batches": FakeMemory,
     "cuda singly": lambda: FakeMemory(batches=False),
     "cuda pitched": lambda: FakeMemory(slab=True),
+    "cuda staged": lambda: FakeMemory(staged=True),
 }
 ON_A_DEVICE: dict[str, Callable[[], DeviceMemory]] = {
     "device, one tensor a layer": CudaMemory,
     "device, one slab": lambda: CudaMemory(slab=True),
+    "device, staged": lambda: CudaMemory(staged=True),
 }
 SCATTERED = [5, 6, 7, 30, 2, 9, 10, 47, 0, 20]
 

@@ -27,9 +27,12 @@ class CudaMemory:
     ----------
     slab
         All layers in one allocation, at one pitch.
+    staged
+        Copies may go through a staging buffer.
     """
 
-    def __init__(self, *, slab: bool = False) -> None:
+    def __init__(self, *, slab: bool = False, staged: bool = False) -> None:
+        self.staged = staged
         torch = self.torch = torch_with_cuda()
         if slab:
             # Larger than what the allocator would carve out of a block with other tensors.

@@ -25,9 +25,9 @@ FILLED = 7
 OVERWRITTEN = 99
 
 
-@pytest.fixture
-def memory() -> CudaMemory:
-    return CudaMemory()
+@pytest.fixture(params=[False, True], ids=["straight", "staged"])
+def memory(request: pytest.FixtureRequest) -> CudaMemory:
+    return CudaMemory(staged=request.param)
 
 
 @pytest.fixture

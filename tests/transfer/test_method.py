@@ -81,3 +81,12 @@ def test_short_pieces_alone_go_pitched_where_there_are_batches() -> None:
     without = copy_method(found, lambda _: (0, 10**6), has_batches=False)
     assert with_batches.pitch_bytes == without.pitch_bytes == 1000
     assert with_batches.pitched_below_bytes < 1 << 20 < without.pitched_below_bytes
+
+
+def test_chunks_are_staged_only_where_there_is_no_pitch() -> None:
+    pitched = copy_method(geometry([1000, 2000, 3000]), lambda _: (0, 10**6))
+    apart = copy_method(geometry([1000, 2000, 3001]), lambda _: (0, 10**6))
+    off = copy_method(geometry([1000, 2000, 3001]), lambda _: (0, 10**6), staged=False)
+    assert pitched.staged_loads_below_bytes == off.staged_loads_below_bytes == 0
+    assert 64 << 10 < apart.staged_loads_below_bytes == apart.staged_stores_below_bytes
+    assert apart.streams > off.streams
