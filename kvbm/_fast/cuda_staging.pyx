@@ -15,7 +15,6 @@ in the same stream.
 """
 import logging
 
-from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 

@@ -23,7 +23,6 @@ from kvbm._fast.backend cimport (
     COPY_FAILED,
     COPY_RUNNING,
     COPY_STOPPED,
-    DEPTH_MAX,
     PLACES,
     CopyBackend,
     StopCheck,

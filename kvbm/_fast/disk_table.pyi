@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self, disjoint_base
 
@@ -8,7 +9,8 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.segment import Segment
 from kvbm._fast.table import BlockTable
 
-@disjoint_base
+SLAB_HEADER: np.dtype[Any]
+
 class DiskTable(BlockTable):
     def __new__(cls, segment: Segment) -> Self: ...
     def restore(self, headers: NDArray[Any]) -> int: ...

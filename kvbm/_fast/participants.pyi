@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 from kvbm._fast.segment import Segment
 
+COUNTER_NAMES: tuple[str, ...]
 ROLES: dict[int, str]
 
 class Participant(NamedTuple):

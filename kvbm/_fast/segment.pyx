@@ -33,7 +33,6 @@ from posix.mman cimport (
 from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
     kv_u32_store_release,
-    kv_u64_load_acquire,
     kv_u64_load_relaxed,
     kv_u64_store_relaxed,
     kv_u64_store_release,
