@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from kvbm._fast.keys import Keys
+from kvbm.failure_pause import FailurePause
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,11 @@ class LoadFailures:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._avoided: dict[tuple[int, int, bytes], float] = {}  # group, position, digest: until
-        self._in_a_row = 0
-        self._paused_until = 0.0
+        self._pause = FailurePause(FAILURES_IN_A_ROW, PAUSE_SECS, PAUSE_MAX_SECS, clock)
 
     def loads_allowed(self) -> bool:
         """Return whether loads may be submitted now."""
-        return self._in_a_row < FAILURES_IN_A_ROW or self._clock() >= self._paused_until
+        return self._pause.is_over()
 
     def limit(self, group: int, keys: Keys, start: int, stop: int) -> int:
         """Return the end of the part of blocks `start` to `stop` that may be matched."""
@@ -71,20 +71,16 @@ class LoadFailures:
 
     def succeeded(self) -> None:
         """A load has arrived."""
-        if self._in_a_row >= FAILURES_IN_A_ROW:
+        if self._pause.succeeded():
             logger.warning("loads from the cache work again")
-        self._in_a_row = 0
 
     def failed(self) -> None:
         """A load has not arrived."""
-        self._in_a_row += 1
-        more = self._in_a_row - FAILURES_IN_A_ROW
-        if more >= 0:
-            pause = min(PAUSE_MAX_SECS, PAUSE_SECS * 2.0 ** min(more, 16))
-            self._paused_until = self._clock() + pause
+        pause = self._pause.failed()
+        if pause is not None:
             logger.error(
                 "%d loads in a row failed: nothing is loaded from the cache for %.0f s",
-                self._in_a_row,
+                self._pause.in_a_row,
                 pause,
             )
 

@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from kvbm.failure_pause import FailurePause
+
 logger = logging.getLogger(__name__)
 
 STEP_TOKENS_MIN = 256
@@ -128,33 +130,25 @@ class DiskHealth:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._in_a_row = 0
-        self._paused_until = 0.0
+        self._pause = FailurePause(FAILURES_IN_A_ROW, PAUSE_SECS, PAUSE_MAX_SECS, clock)
         self.is_off = False
 
     def allows(self) -> bool:
         """Return whether the disk may be used now."""
-        if self.is_off:
-            return False
-        return self._in_a_row < FAILURES_IN_A_ROW or self._clock() >= self._paused_until
+        return not self.is_off and self._pause.is_over()
 
     def succeeded(self) -> None:
         """Something was read or written."""
-        if self._in_a_row >= FAILURES_IN_A_ROW:
+        if self._pause.succeeded():
             logger.warning("the disk tier works again")
-        self._in_a_row = 0
 
     def failed(self) -> None:
         """Something could not be read or written."""
-        self._in_a_row += 1
-        more = self._in_a_row - FAILURES_IN_A_ROW
-        if more >= 0:
-            pause = min(PAUSE_MAX_SECS, PAUSE_SECS * 2.0 ** min(more, 16))
-            self._paused_until = self._clock() + pause
+        pause = self._pause.failed()
+        if pause is not None:
             logger.error(
                 "%d operations of the disk tier in a row failed: it is left alone for %.0f s",
-                self._in_a_row,
+                self._pause.in_a_row,
                 pause,
             )
 

@@ -60,7 +60,9 @@ from kvbm._fast.layout cimport (
     kv_word_make,
     kv_worker_line,
 )
-from kvbm._fast.segment cimport line_lock, recovery_lock
+from kvbm._fast.segment cimport line_lock, recovery_lock, shape_to_c
+
+from kvbm._fast.segment import Shape
 
 
 cdef extern from *:
@@ -240,8 +242,7 @@ def worker_line(leader: int, rank: int) -> int:
 def fixed_sections() -> dict:
     """The sections whose place does not depend on the sizes in the header."""
     cdef kv_shape c
-    c.block_capacity = c.ranks = c.block_tokens = c.index_buckets = 1
-    c.host_slots = c.disk_slots = c.private_instance = 0
+    shape_to_c(Shape(1, 0, 0, 1, 1, 1, False), &c)
     found = _sections(&c)
     return {name: found[name] for name in ("header", "participants", "counters")}
 
@@ -255,13 +256,7 @@ def sections(shape) -> dict:
         Any numbers of 32 bits: a damaged header may hold them.
     """
     cdef kv_shape c
-    c.block_capacity = shape.block_capacity
-    c.host_slots = shape.host_slots
-    c.disk_slots = shape.disk_slots
-    c.ranks = shape.ranks
-    c.block_tokens = shape.block_tokens
-    c.index_buckets = shape.index_buckets
-    c.private_instance = shape.private_instance
+    shape_to_c(shape, &c)
     return _sections(&c)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 
-from kvbm._fast.layout cimport kv_view
+from kvbm._fast.layout cimport kv_shape, kv_view
 
 
 cdef class Segment:
@@ -20,5 +20,6 @@ cdef class Segment:
     cdef int map_file(self, int fd, size_t size, bint writable) except -1
 
 
+cdef int shape_to_c(object shape, kv_shape *c) except -1
 cdef int64_t line_lock(uint32_t line) noexcept nogil
 cdef int64_t recovery_lock() noexcept nogil
