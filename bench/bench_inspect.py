@@ -31,6 +31,7 @@ from kvbm._fast.keys import Keys
 from kvbm.inspect import report, tree
 from kvbm.inspect.capture import capture
 from kvbm.inspect.decode import Segment
+from kvbm.inspect.frame import frame
 from kvbm.inspect.live import LiveSegment, Rates
 from kvbm.inspect.top_view import screen
 from kvbm.inspect.verify import check
@@ -52,11 +53,11 @@ def test_frame(benchmark: Any, instance: str) -> None:
     with LiveSegment(instance) as live:
         rates = Rates()
 
-        def frame() -> list[str]:
+        def picture() -> list[str]:
             rates.add(time.monotonic(), live.counters())
-            return screen(live, rates)
+            return screen(frame(live, rates))
 
-        assert len(benchmark(frame)) > 20
+        assert len(benchmark(picture)) > 20
 
 
 def processor_seconds(instance: str, seconds: float) -> float:

@@ -57,7 +57,7 @@ def test_a_wheel_has_modules_stubs_and_headers_and_nothing_else(tmp_path: Path) 
     for source in (ROOT / "kvbm" / "_fast").glob("*.[hp]*"):
         if source.suffix in (".h", ".pxd"):
             assert f"kvbm/_fast/{source.name}" in names
-    assert "kvbm/py.typed" in names
+    assert {"kvbm/py.typed", "kvbm/inspect/page.html"} <= names
     assert {name.split("/")[0] for name in names} <= {"kvbm", wheel_information(names)}
 
 

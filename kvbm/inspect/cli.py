@@ -74,7 +74,7 @@ def live_name(source: str | None) -> str:
     """Name of a live instance; a file cannot be followed."""
     name = resolve(source)
     if name not in instances():
-        raise InspectError(f"{name} is a file; top follows a live instance")
+        raise InspectError(f"{name} is a file; top and serve follow a live instance")
     return name
 
 
@@ -217,6 +217,22 @@ def top(source: str | None, hertz: float, seconds: float | None) -> None:
     from kvbm.inspect.top import run
 
     run(live_name(source), hertz, seconds)
+
+
+@command("serve")
+@click.argument("source", required=False)
+@click.option("--port", type=click.IntRange(0, 65535), default=6881, show_default=True)
+@click.option("--address", default="127.0.0.1", show_default=True, help="Who can reach the page.")
+def serve(source: str | None, port: int, address: str) -> None:
+    """The live view as a web page with charts, of SOURCE or of all instances; Ctrl-C ends it.
+
+    Only this host can reach it unless another --address is given; whoever can reach it sees names
+    and numbers, never tokens or KV bytes.
+    """
+    from kvbm.inspect.serve import run
+
+    chosen = None if source is None else live_name(source)
+    run(instances if chosen is None else lambda: [chosen], port, address)
 
 
 # ---- lists ---------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import time
 from typing import Any
 
 from kvbm.errors import InspectError
-from kvbm.inspect.live import LiveSegment, Rates
+from kvbm.inspect.follow import Follower
+from kvbm.inspect.frame import frame
 from kvbm.inspect.top_view import screen
 
 ENDS = (ord("q"), ord("Q"), 27)
@@ -45,16 +46,13 @@ def _loop(window: Any, instance: str, period: float, seconds: float | None) -> N
     end = None if seconds is None else time.monotonic() + seconds
     shown: list[str] = []
     paused = False
-    live, rates = LiveSegment(instance), Rates()
+    follower = Follower()
     try:
         while end is None or time.monotonic() < end:
             began = time.monotonic()
-            if not live.is_current:
-                live.close()
-                live, rates = LiveSegment(instance), Rates()
-            rates.add(began, live.counters())
+            picture = frame(*follower.look(instance))
             if not paused:
-                shown = _draw(window, screen(live, rates), shown)
+                shown = _draw(window, screen(picture), shown)
             window.timeout(max(0, int(1000 * (period - (time.monotonic() - began)))))
             key = window.getch()
             if key in ENDS:
@@ -65,7 +63,7 @@ def _loop(window: Any, instance: str, period: float, seconds: float | None) -> N
                 shown = []
                 window.clear()
     finally:
-        live.close()
+        follower.close()
 
 
 def _draw(window: Any, lines: list[str], shown: list[str]) -> list[str]:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from typing import Any
 
-from kvbm._fast import contract
-from kvbm.inspect.live import WINDOWS, LiveSegment, Rates
 from kvbm.inspect.text import bar, duration, percent
 
 OPERATIONS_SHOWN = 8
+
+Row = dict[str, Any]
 
 
 def gigabytes(rate: float) -> str:
@@ -18,42 +18,41 @@ def gigabytes(rate: float) -> str:
     return f"{rate / 1e9:.2f} GB/s" if rate >= 1e7 else f"{rate / 1e6:.2f} MB/s"
 
 
-def screen(live: LiveSegment, rates: Rates) -> list[str]:
-    """All lines; reads the segment once."""
+def screen(frame: Row) -> list[str]:
+    """All lines of one picture."""
     return [
-        *_head(live),
+        *_head(frame),
         "",
-        *_fill(live),
+        *_fill(frame),
         "",
-        *_hits(rates),
+        *_hits(frame["windows"]),
         "",
-        *_transfers(live, rates),
+        *_transfers(frame),
         "",
-        *_participants(live),
+        *_participants(frame["participants"]),
         "",
-        *_branching(live),
+        *_prefixes(frame["prefixes"]),
     ]
 
 
-def _head(live: LiveSegment) -> Iterator[str]:
-    age = (time.time_ns() - int(live.header["created_ns"])) / 1e9
-    extra = "  RECOVERING" if live.header["recovering"] else ""
-    yield f"kvbm {live.instance}  age {duration(age)}{extra}  (q ends, space stops the picture)"
+def _head(frame: Row) -> Iterator[str]:
+    extra = "  RECOVERING" if frame["recovering"] else ""
+    age = duration(frame["age_seconds"])
+    yield f"kvbm {frame['instance']}  age {age}{extra}  (q ends, space stops the picture)"
 
 
-def _fill(live: LiveSegment) -> Iterator[str]:
-    for name, (used, total) in live.pools().items():
+def _fill(frame: Row) -> Iterator[str]:
+    for name, pool in frame["pools"].items():
+        used, total = pool["used"], pool["total"]
         yield f"{name:<8} {bar(used / total, 40)} {used:>9}/{total:<9} {percent(used / total):>7}"
-    swept = live.sweep()
-    names = contract.BLOCK_STATES
-    states = "  ".join(f"{name} {swept.states[number]}" for number, name in names.items())
-    yield f"states   {states}  held {swept.held}"
+    yield "states   " + "  ".join(f"{name} {count}" for name, count in frame["blocks"].items())
 
 
-def _hits(rates: Rates) -> Iterator[str]:
-    yield f"{'':<24}" + "".join(f"{f'{seconds} s':>12}" for seconds in WINDOWS)
-    shares = [percent(rates.share(s, "matched_blocks", "lookup_blocks")) for s in WINDOWS]
-    yield f"{'hit rate of blocks':<24}" + "".join(f"{share:>12}" for share in shares)
+def _hits(windows: list[Row]) -> Iterator[str]:
+    heads = [f"{window['seconds']} s" for window in windows]
+    yield f"{'':<24}" + "".join(f"{head:>12}" for head in heads)
+    shares = "".join(f"{percent(window['hit_rate']):>12}" for window in windows)
+    yield f"{'hit rate of blocks':<24}{shares}"
     for text, name in (
         ("look-ups a second", "lookups"),
         ("blocks stored a second", "blocks_stored"),
@@ -61,46 +60,35 @@ def _hits(rates: Rates) -> Iterator[str]:
         ("blocks evicted a second", "evicted"),
         ("stores skipped a second", "skipped_no_slot"),
     ):
-        values = [f"{rates.per_second(seconds, name):>12.1f}" for seconds in WINDOWS]
-        yield f"{text:<24}" + "".join(values)
+        yield f"{text:<24}" + "".join(f"{w['per_second'][name]:>12.1f}" for w in windows)
 
 
-def _transfers(live: LiveSegment, rates: Rates) -> Iterator[str]:
+def _transfers(frame: Row) -> Iterator[str]:
     for text, name in (("stored", "bytes_stored"), ("loaded", "bytes_loaded")):
-        values = [f"{gigabytes(rates.per_second(seconds, name)):>12}" for seconds in WINDOWS]
-        yield f"{text:<24}" + "".join(values)
-    found = live.in_flight()
+        rates = [gigabytes(window["per_second"][name]) for window in frame["windows"]]
+        yield f"{text:<24}" + "".join(f"{rate:>12}" for rate in rates)
+    found = frame["operations"]
     yield f"operations in flight: {len(found)}"
-    now = time.monotonic_ns()
-    for leader, kind, state, rows, submitted in sorted(found, key=lambda f: f[4])[
-        :OPERATIONS_SHOWN
-    ]:
+    for one in found[:OPERATIONS_SHOWN]:
         yield (
-            f"  {contract.OPERATION_KINDS.get(kind, '?'):<6} "
-            f"{contract.OPERATION_STATES.get(state, '?'):<10} {rows:>4} blocks  "
-            f"leader {leader}  {duration(max(0, now - submitted) / 1e9)}"
+            f"  {one['kind']:<6} {one['state']:<10} {one['blocks']:>4} blocks  "
+            f"leader {one['leader']}  {duration(one['age_seconds'])}"
         )
 
 
-def _participants(live: LiveSegment) -> Iterator[str]:
-    locked = live.locks().locked
+def _participants(rows: list[Row]) -> Iterator[str]:
     yield "participant     pid  alive      pins    queued"
-    for line in live.lines():
-        record = live.participants[line]
-        alive = "?" if locked is None else "yes" if line in locked else "DEAD"
-        if line < contract.LEADERS:
-            pins = live.swept.pins[line]
-            yield f"leader {line:<3}{int(record['pid']):>9}  {alive:<5}{pins:>10}"
+    for row in rows:
+        alive = {None: "?", True: "yes", False: "DEAD"}[row["alive"]]
+        if row["role"] == "leader":
+            yield f"leader {row['leader']:<3}{row['pid']:>9}  {alive:<5}{row['pins']:>10}"
             continue
-        leader, rank = divmod(line - contract.LEADERS, contract.RANKS)
-        queued = live.queued(leader, rank) if rank < live.shape.ranks else 0
-        place = f"worker {leader}.{rank}"
-        yield f"{place:<10}{int(record['pid']):>9}  {alive:<5}{'':>10}{queued:>10}"
+        place = f"worker {row['leader']}.{row['rank']}"
+        yield f"{place:<10}{row['pid']:>9}  {alive:<5}{'':>10}{row['queued']:>10}"
 
 
-def _branching(live: LiveSegment) -> Iterator[str]:
+def _prefixes(rows: list[Row]) -> Iterator[str]:
     yield "prefixes that most others begin with"
-    for children, block, position, _ in live.swept.branching:
-        yield (
-            f"  {live.digest(block)[:16]}  {position + 1:>6} blocks long, {children} continuations"
-        )
+    for row in rows:
+        length, continuations = row["blocks"], row["continuations"]
+        yield f"  {row['digest'][:16]}  {length:>6} blocks long, {continuations} continuations"

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from kvbm._fast import contract
 from kvbm._fast.segment import COUNTER_NAMES
-from kvbm.errors import InspectError
+from kvbm.inspect.follow import Follower
 from kvbm.inspect.live import LiveSegment
 from kvbm.metrics.names import GAUGES, HIT_RATES, UPSTREAM, label_names, shown
 
@@ -43,7 +43,7 @@ class InstanceCollector(Collector):
         self._instances = instances
         self._hit_rates = hit_rates
         self._lock = threading.Lock()
-        self._open: dict[str, LiveSegment] = {}
+        self._follower = Follower()
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: a registry does not read the segment when the collector is registered."""
@@ -57,9 +57,7 @@ class InstanceCollector(Collector):
     def close(self) -> None:
         """Unmap everything; a later `collect` maps it again."""
         with self._lock:
-            for live in self._open.values():
-                live.close()
-            self._open.clear()
+            self._follower.close()
 
     def _collect(self) -> Iterator[Metric]:
         gauges = {
@@ -68,10 +66,9 @@ class InstanceCollector(Collector):
         }
         lines = Lines()
         names = list(self._instances())
-        for name in [name for name in self._open if name not in names]:
-            self._open.pop(name).close()
+        self._follower.keep(names)
         for name in names:
-            live = self._live(name)
+            live = self._follower.find(name)
             gauges["kvbm_up"].add_metric([name], float(live is not None))
             if live is not None:
                 lines.add(live)
@@ -83,19 +80,6 @@ class InstanceCollector(Collector):
             rates = (*self._hit_rates(), 0.0)
             for (name, meaning), rate in zip(HIT_RATES.items(), rates, strict=True):
                 yield GaugeMetricFamily(name, meaning, value=rate)
-
-    def _live(self, instance: str) -> LiveSegment | None:
-        """The mapped segment, mapped anew where an engine has made another one."""
-        live = self._open.get(instance)
-        if live is not None and not live.is_current:
-            self._open.pop(instance).close()
-            live = None
-        if live is None:
-            try:
-                live = self._open[instance] = LiveSegment(instance)
-            except InspectError:
-                return None
-        return live
 
 
 def engine_of(live: LiveSegment, line: int) -> str:

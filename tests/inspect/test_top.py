@@ -60,4 +60,4 @@ def test_a_file_or_no_terminal_is_one_line(sample: Sample, snapshot_file: Path) 
 def test_a_snapshot_cannot_be_followed(snapshot_file: Path, inspect: Inspect) -> None:
     result = inspect("top", snapshot_file)
     assert result.exit_code == 2
-    assert "is a file; top follows a live instance" in result.stderr
+    assert "is a file; top and serve follow a live instance" in result.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 from kvbm._fast.keys import Keys
+from kvbm.inspect.frame import frame
 from kvbm.inspect.live import LiveSegment, Rates
 from kvbm.inspect.top_view import gigabytes, screen
 from tests.fast.instances import cache, digests
@@ -44,7 +45,7 @@ def test_the_screen_shows_everything_once(sample: Sample) -> None:
     cache(sample.table, Keys(digests(7, "more")))
     with LiveSegment(sample.name) as live:
         live.sweep()
-        found = screen(live, Rates())
+        found = screen(frame(live, Rates()))
     pid = live.instance.split("-")[1]
     text = "\n".join(re.sub(r" +", " ", line).strip() for line in found)
     text = text.replace(f"kvbm {sample.name}", "kvbm NAME").replace(f" {pid} ", " PID ")
@@ -64,7 +65,7 @@ def test_the_rates_are_those_of_the_counters(sample: Sample) -> None:
             assert ref is not None
             sample.table.unpin(ref)
         rates.add(110.0, live.counters())
-        text = "\n".join(screen(live, rates))
+        text = "\n".join(screen(frame(live, rates)))
     assert re.search(r"hit rate of blocks +100.0 % +100.0 % +100.0 %", text)
     assert re.search(r"look-ups a second +3.0 +3.0 +3.0", text)
 
