@@ -10,19 +10,24 @@ holds a shared lock on each object that it has open, so whoever gets the exclusi
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvbm._fast.locks import try_lock
 from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
+from kvbm.config.sizes import how_to_make_room
+from kvbm.errors import SegmentError
 
 __all__ = [
     "SHARED_MEMORY",
     "arena_name",
+    "arena_names",
+    "cannot_make",
     "engine_key",
     "instances",
     "is_private",
@@ -31,6 +36,7 @@ __all__ = [
     "remove_dead_private_instances",
     "remove_if_unused",
     "remove_ranks_from",
+    "reserved_bytes",
     "segment_name",
 ]
 
@@ -79,6 +85,28 @@ def instances() -> dict[str, list[str]]:
         instance = _OBJECT_SUFFIX.sub("", path.name.removeprefix(PREFIX))
         found.setdefault(instance, []).append(f"/{path.name}")
     return found
+
+
+def reserved_bytes(names: Iterable[str]) -> int:
+    """Memory that objects hold; those that are not there hold none."""
+    total = 0
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            total += os.stat(object_path(name), follow_symlinks=False).st_blocks * 512
+    return total
+
+
+def arena_names(instance: str) -> list[str]:
+    """Arenas of an instance that are there."""
+    return [name for name in instances().get(instance, []) if _ARENA_SUFFIX.search(name)]
+
+
+def cannot_make(name: str, size: int, error: OSError) -> SegmentError:
+    """Return the error for an object of `size` bytes that the system does not make."""
+    reason = f"{size} bytes of it cannot be made in {SHARED_MEMORY}: {error.strerror}"
+    if error.errno == errno.ENOSPC:
+        reason += f". {how_to_make_room(size)}"
+    return SegmentError(name, reason)
 
 
 @contextlib.contextmanager

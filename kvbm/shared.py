@@ -17,6 +17,7 @@ from kvbm._fast.segment import (
     Segment,
     SegmentFault,
     Shape,
+    segment_bytes,
     shape_for,
 )
 from kvbm.errors import (
@@ -29,7 +30,15 @@ from kvbm.errors import (
     VersionMismatch,
 )
 from kvbm.fingerprint import Fingerprint, differences
-from kvbm.instance import is_private, remove_if_unused, remove_ranks_from, segment_name
+from kvbm.instance import (
+    arena_names,
+    cannot_make,
+    is_private,
+    remove_if_unused,
+    remove_ranks_from,
+    reserved_bytes,
+    segment_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +85,15 @@ class SegmentSpec:
             self.host_slots, 0, self.ranks, self.block_tokens, is_private(self.instance)
         )
         return shape._replace(disk_slots=self.disk_slots)
+
+    def missing_bytes(self, bytes_per_block: int) -> int:
+        """Shared memory that segment and arenas need beyond what they have already, in bytes.
+
+        `bytes_per_block` is of all ranks together. Negative where there is more than is needed.
+        """
+        wanted = self.host_slots * bytes_per_block + segment_bytes(self.shape)
+        names = [segment_name(self.instance), *arena_names(self.instance)]
+        return wanted - reserved_bytes(names)
 
 
 def open_as_leader(spec: SegmentSpec, engine: int) -> Segment:
@@ -128,6 +146,8 @@ def _create(spec: SegmentSpec) -> Segment:
                 return segment
             if time.monotonic() > deadline:
                 raise SegmentInUse(name, "it can neither be attached nor replaced") from None
+        except OSError as error:
+            raise cannot_make(name, segment_bytes(spec.shape), error) from None
 
 
 def fault_error(name: str, fault: SegmentFault) -> SegmentError:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvbm._fast.segment import MAX_RANKS, Segment, segment_bytes
+from kvbm._fast.segment import MAX_RANKS, Segment
 from kvbm.closing import close_at_exit
 from kvbm.config import Settings, load_settings
 from kvbm.errors import BlockError, ConfigError
@@ -173,8 +173,8 @@ def open_segment(
         nonces=tuple(header.nonce for header in headers),
         group=settings.shm_group,
     )
-    if host_slots is None and all(nonce == 0 for nonce in spec.nonces):
-        settings.check_shm_room(slots * per_block + segment_bytes(spec.shape))
+    if host_slots is None:
+        settings.check_shm_room(spec.missing_bytes(per_block))
     return open_as_leader(spec, engine_key(engine_id))
 
 

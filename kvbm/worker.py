@@ -21,9 +21,16 @@ from kvbm._fast.segment import Segment, SegmentFault
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.config import Settings
 from kvbm.errors import GeometryError
-from kvbm.instance import engine_key, is_private, remove_if_unused, segment_name
+from kvbm.instance import (
+    arena_names,
+    engine_key,
+    is_private,
+    remove_if_unused,
+    reserved_bytes,
+    segment_name,
+)
 from kvbm.step import LoadOrder, StepMetadata
-from kvbm.tiers.host import ArenaHeader, HostArena
+from kvbm.tiers.host import PAGE_BYTES, ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.backends import Device, RankCopies
 from kvbm.transfer.geometry import KvGeometry
@@ -78,6 +85,8 @@ class Worker:
     ------
     GeometryError
         The groups have blocks of different shapes.
+    ConfigError
+        Shared memory has no room for the host tier, or may not be written.
     SegmentInUse
         Another engine uses the same arena.
     """
@@ -101,6 +110,8 @@ class Worker:
         self.geometries = list(geometries)
         self._keep_alive = keep_alive
         self._device = device or Device()
+        there = reserved_bytes(arena_names(place.instance))
+        settings.check_shm_room(max(settings.host_bytes, PAGE_BYTES) - there)
         self.arena = HostArena(
             place.instance,
             ArenaHeader(

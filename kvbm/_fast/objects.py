@@ -157,6 +157,12 @@ def _why_not(path: Path, group: int | None) -> str:
     """Why an object could not even be opened."""
     try:
         state = os.lstat(path)
+    except FileNotFoundError:
+        folder = os.stat(path.parent)
+        return (
+            f"user {os.geteuid()} may not make files in {path.parent}, which belongs to user "
+            f"{folder.st_uid} and has mode {stat.S_IMODE(folder.st_mode):o}"
+        )
     except OSError as error:
         return f"{path.parent}: {error.strerror}"
     return _distrust(state, group) or f"its mode is {stat.S_IMODE(state.st_mode):o}"

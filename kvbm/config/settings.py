@@ -254,13 +254,24 @@ class Settings(BaseModel):
         size_gb, override = self.disk_cache_gb, self.disk_cache_override_num_blocks
         return tier_slots("DYN_KVBM_DISK_CACHE_GB", size_gb, override, bytes_per_block_all_ranks)
 
-    def check_shm_room(self, bytes_needed: int) -> None:
+    def check_shm_room(self, bytes_wanted: int) -> None:
         """Check that ``/dev/shm`` has this much room; see `kvbm.config.sizes.check_shm_room`."""
-        setting = f"DYN_KVBM_CPU_CACHE_GB={self.cpu_cache_gb}"
+        check_shm_room(self._host_setting(), bytes_wanted)
+
+    def _host_setting(self) -> str:
+        """The setting that asks for host memory, with its value."""
+        size = f"DYN_KVBM_CPU_CACHE_GB={self.cpu_cache_gb}"
         if self.cpu_cache_override_num_blocks > 0:
             blocks = self.cpu_cache_override_num_blocks
-            setting = f"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS={blocks} ({setting} is overridden)"
-        check_shm_room(setting, bytes_needed)
+            return f"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS={blocks} ({size} is overridden)"
+        if self.cpu_cache_gb > 0:
+            return size
+        return f"{size} and a disk tier, whose blocks pass through host memory"
+
+    @property
+    def host_bytes(self) -> int:
+        """Size of the host tier in bytes, as far as it is known before a block's size is."""
+        return 0 if self.cpu_cache_override_num_blocks else int(self.cpu_cache_gb * 1e9)
 
     def require_a_tier(self) -> None:
         """Check that there is somewhere to offload to.

@@ -12,10 +12,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvbm._fast.locks import held_by_other
-from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
-from kvbm.instance import instances, is_private, remove_if_unused
+from kvbm.instance import (
+    SHARED_MEMORY,
+    instances,
+    is_private,
+    remove_if_unused,
+    reserved_bytes,
+)
 
 
 class Leftover(NamedTuple):
@@ -56,17 +61,7 @@ def leftovers(wanted: list[str]) -> list[Leftover]:
         if in_use(there[instance]):
             raise InspectError(f"{instance} is in use, or belongs to another user")
     chosen = wanted or [name for name in there if is_private(name) and not in_use(there[name])]
-    return [Leftover(name, there[name], _bytes(there[name])) for name in chosen]
-
-
-def _bytes(names: list[str]) -> int:
-    total = 0
-    for name in names:
-        try:
-            total += (SHARED_MEMORY / name.lstrip("/")).stat().st_blocks * 512
-        except FileNotFoundError:
-            continue
-    return total
+    return [Leftover(name, there[name], reserved_bytes(there[name])) for name in chosen]
 
 
 def remove(found: list[Leftover]) -> tuple[list[Leftover], list[Leftover]]:

@@ -39,6 +39,7 @@ from kvbm._fast.locks import try_lock
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm._fast.slab import SLAB_HEADER, allocate_file, valid_headers
 from kvbm.errors import SlabError
+from kvbm.tiers.disk_problems import cannot_reserve, no_direct, no_room, not_writable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -254,18 +255,39 @@ class Slab:
         self.table_fd = self.data_fd = -1
         self.alignment = 1
         try:
-            files.folder.mkdir(parents=True, exist_ok=True)
-            self.table_fd = self._open_nameless() if self.path is None else self._open_named()
-            self._settle(wanted)
-            self.data_fd = os.open(f"/proc/self/fd/{self.table_fd}", self._data_flags())
-            if files.direct:
-                self._turn_direct()
-        except OSError as error:
+            self._open(wanted)
+        except BaseException as error:
+            problem = self._problem(error, wanted.layout.total_bytes)
+            self._remove_if_empty()
             self.close()
-            raise SlabError(self._where, error.strerror or str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+            if problem is None:
+                raise
+            raise problem from error
+
+    def _open(self, wanted: Superblock) -> None:
+        self._files.folder.mkdir(parents=True, exist_ok=True)
+        self.table_fd = self._open_nameless() if self.path is None else self._open_named()
+        self._open_data()  # before space is reserved, which may take long, and in vain
+        self._settle(wanted)
+        if self._files.direct:
+            self.alignment = self._find_alignment()
+
+    def _problem(self, error: BaseException, wanted: int) -> SlabError | None:
+        """Return the error for what the system refused; None for any other."""
+        if not isinstance(error, OSError):
+            return None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and self.table_fd >= 0:
+            room = os.fstatvfs(self.table_fd)
+            bytes_free = room.f_bavail * room.f_frsize
+            return no_room(self._where, self._files.folder, wanted, bytes_free)
+        return not_writable(self._where, self._files.folder, error)
+
+    def _remove_if_empty(self) -> None:
+        """Leave no file behind that holds nothing and that nobody else uses."""
+        if self.path is None or self.table_fd < 0 or os.fstat(self.table_fd).st_size > 0:
+            return
+        if try_lock(self.table_fd, LOCK_USERS_OFFSET, exclusive=True):
+            self.path.unlink(missing_ok=True)
 
     @property
     def _where(self) -> str:
@@ -316,9 +338,7 @@ class Slab:
         try:
             self._reserve(wanted.layout.total_bytes)
         except BaseException:
-            os.ftruncate(self.table_fd, 0)
-            if self.path is not None:
-                self.path.unlink(missing_ok=True)
+            os.ftruncate(self.table_fd, 0)  # and then it is removed
             raise
         nonce = int.from_bytes(os.urandom(8), "little")
         self.superblock = replace(wanted, nonce=nonce, epoch=0)
@@ -335,21 +355,10 @@ class Slab:
         problem = allocate_file(self.table_fd, total)
         if problem == 0:
             return
-        if problem == errno.ENOSPC:
-            room = os.fstatvfs(self.table_fd)
-            raise SlabError(
-                self._where,
-                f"{total} bytes do not fit, {room.f_bavail * room.f_frsize} are free; set "
-                "DYN_KVBM_DISK_CACHE_GB lower or DYN_KVBM_DISK_CACHE_DIR to another folder",
-            )
         if problem != errno.EOPNOTSUPP:
-            raise SlabError(self._where, os.strerror(problem))
+            raise OSError(problem, os.strerror(problem))
         if not self._files.zerofill:
-            raise SlabError(
-                self._where,
-                "the file system cannot reserve space; DYN_KVBM_DISK_ZEROFILL_FALLBACK=1 writes "
-                "zeros instead, DYN_KVBM_DISK_CACHE_DIR names another folder",
-            )
+            raise cannot_reserve(self._where, self._files.folder)
         self._fill_with_zeros(total)
 
     def _fill_with_zeros(self, total: int) -> None:
@@ -361,29 +370,27 @@ class Slab:
             at += os.pwrite(self.table_fd, zeros[: total - at], at)
 
     # ---- O_DIRECT --------------------------------------------------------------------------------
-    def _data_flags(self) -> int:
+    def _open_data(self) -> None:
+        """Open the file for data, with O_DIRECT where that is on."""
+        direct, early = self._files.direct, self._files.open_direct
         flags = os.O_RDWR | os.O_CLOEXEC
-        return flags | os.O_DIRECT if self._files.direct and self._files.open_direct else flags
-
-    def _turn_direct(self) -> None:
-        """Set O_DIRECT if it is not, and find out which alignment it needs."""
-        help_text = (
-            "DYN_KVBM_DISK_ALLOCATOR_TYPE=open-direct opens the file so from the start, "
-            "DYN_KVBM_DISK_DISABLE_O_DIRECT=1 goes through the page cache"
-        )
+        path = f"/proc/self/fd/{self.table_fd}"
         try:
-            flags = fcntl.fcntl(self.data_fd, fcntl.F_GETFL)
-            fcntl.fcntl(self.data_fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+            self.data_fd = os.open(path, flags | os.O_DIRECT if direct and early else flags)
+            if direct:
+                flags = fcntl.fcntl(self.data_fd, fcntl.F_GETFL)
+                fcntl.fcntl(self.data_fd, fcntl.F_SETFL, flags | os.O_DIRECT)
         except OSError as error:
-            raise SlabError(
-                self._where, f"O_DIRECT is not possible ({error.strerror}); {help_text}"
-            ) from error
+            detail = error.strerror or str(error)
+            raise no_direct(self._where, self._files.folder, detail) from error
+
+    def _find_alignment(self) -> int:
+        """What O_DIRECT needs."""
         with mmap.mmap(-1, 2 * PAGE_BYTES) as memory, memoryview(memory) as view:
             for alignment in (512, PAGE_BYTES):
                 if self._can_read(view, alignment):
-                    self.alignment = alignment
-                    return
-        raise SlabError(self._where, f"O_DIRECT does not work with whole pages; {help_text}")
+                    return alignment
+        raise no_direct(self._where, self._files.folder, "not with whole pages")
 
     def _can_read(self, memory: memoryview, alignment: int) -> bool:
         with memory[alignment : 2 * alignment] as piece, contextlib.suppress(OSError):

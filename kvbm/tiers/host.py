@@ -35,8 +35,9 @@ from kvbm._fast.locks import try_lock
 from kvbm._fast.memory import populate
 from kvbm._fast.objects import open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
+from kvbm.config.sizes import how_to_make_room
 from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
-from kvbm.instance import arena_name
+from kvbm.instance import SHARED_MEMORY, arena_name, cannot_make
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _open_locked(name: str, group: int | None) -> int:
         except PermissionError as error:
             raise SegmentAccessDenied(name, error.strerror or "") from None
         except OSError as error:
-            raise SegmentAccessDenied(name, f"/dev/shm: {error.strerror}") from error
+            raise cannot_make(name, PAGE_BYTES, error) from error
         if try_lock(fd, LOCK_USERS_OFFSET, exclusive=False) and os.fstat(fd).st_nlink > 0:
             return fd
         os.close(fd)
@@ -151,6 +152,8 @@ class HostArena:
         Another process uses the arena and it must not, or describes another block.
     SegmentAccessDenied
         The object belongs to another user, or others may write it.
+    SegmentError
+        There is no room for its first page, or shared memory is read-only.
     """
 
     def __init__(
@@ -166,6 +169,9 @@ class HostArena:
         self._map: mmap.mmap | None = None
         try:
             self.header = self._settle(header, exclusive)
+        except OSError as error:
+            os.close(self._fd)
+            raise cannot_make(self.name, PAGE_BYTES, error) from error
         except BaseException:
             os.close(self._fd)
             raise
@@ -248,17 +254,31 @@ class HostArena:
             reserved(total)
             return True
         threads = reserve_threads()
-        done = 0
+        done = problem = 0
         with ThreadPoolExecutor(threads, thread_name_prefix="kvbm-reserve") as pool:
-            while done < total and not stopping():
+            while done < total and not problem and not stopping():
                 starts = range(done, min(total, done + threads * RESERVE_BYTES), RESERVE_BYTES)
                 for problem in pool.map(lambda at: self._touch(at, total), starts):
                     if problem:
-                        self._tell_full(problem, done, total)
-                        return False
+                        break
                     done = min(total, done + RESERVE_BYTES)
                     reserved(done)
+        if problem:  # no thread reserves any more
+            self._give_back(done, total)
+            self._tell_full(problem, done, total)
         return done >= total
+
+    def _give_back(self, done: int, total: int) -> None:
+        """Free what was reserved beyond `done`, unless another engine has the arena.
+
+        Others who find shared memory full to its last page (the engine's own queues, collectives)
+        end by a signal.
+        """
+        if self._map is None or not try_lock(self._fd, LOCK_USERS_OFFSET, exclusive=True):
+            return
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_REMOVE, done, total - done)
+        try_lock(self._fd, LOCK_USERS_OFFSET, exclusive=False)
 
     def _touch(self, at: int, total: int) -> int:
         """Reserve one piece; returns 0 or the system's error number."""
@@ -274,13 +294,15 @@ class HostArena:
 
     def _tell_full(self, problem: int, done: int, total: int) -> None:
         logger.error(
-            "%s: no more memory in /dev/shm after %d of %d bytes (%s); the host tier stays at this "
-            "size. Make it larger (mount -o remount,size=..., docker --shm-size) or lower "
-            "DYN_KVBM_CPU_CACHE_GB",
+            "%s: no more memory in %s after %d of %d bytes (%s); the host tier stays at this size. "
+            "%s",
             self.name,
+            SHARED_MEMORY,
             done,
             total,
-            os.strerror(problem),
+            # What a page fault that finds no room is called (madvise).
+            os.strerror(errno.ENOSPC if problem == errno.EFAULT else problem),
+            how_to_make_room(total - done),
         )
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
-from kvbm._fast.segment import Segment, segment_bytes
+from kvbm._fast.segment import Segment
 from kvbm.closing import close_at_exit
 from kvbm.disk_opening import DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
@@ -199,8 +199,7 @@ class KvConnectorLeader:
             group=self.settings.shm_group,
             disk_slots=self.settings.disk_slots(per_block),
         )
-        if all(nonce == 0 for nonce in spec.nonces):
-            self.settings.check_shm_room(slots * per_block + segment_bytes(spec.shape))
+        self.settings.check_shm_room(spec.missing_bytes(per_block))
         segment = open_as_leader(spec, engine_key(self.engine_id))
         logger.info(
             "host tier: %d blocks of %d tokens, %d bytes over %d ranks, instance %s",

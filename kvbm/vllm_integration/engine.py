@@ -2,7 +2,6 @@
 """What both sides of the connector read from vLLM's configuration."""
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -27,7 +26,7 @@ HYBRID_HELP = (
 def settings_of(vllm_config: "VllmConfig") -> Settings:
     """Settings from the connector's extra configuration and the environment."""
     extra = getattr(vllm_config.kv_transfer_config, "kv_connector_extra_config", None)
-    return load_settings(extra if isinstance(extra, Mapping) else None)
+    return load_settings(extra)
 
 
 def instance_of(vllm_config: "VllmConfig", settings: Settings) -> str:

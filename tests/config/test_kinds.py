@@ -3,12 +3,13 @@
 
 import grp
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvbm.config import load_settings, tunables
+from kvbm.config import Tunable, load_settings, tunables
 from kvbm.config.kinds import Kind, Status, is_truthy
 from kvbm.errors import ConfigError
 
@@ -151,28 +152,31 @@ def test_all_bad_values_are_named_in_one_error() -> None:
     assert "kv_connector_extra_config['instance']='a b'" in text
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("cpu_cache_gb", True),
-        ("cpu_cache_gb", [8]),
-        ("cpu_cache_override_num_blocks", True),
-        ("cpu_cache_override_num_blocks", 1.5),
-        ("metrics_port", False),
-        ("verify_host", 1),
-        ("verify_host", {}),
-        ("disk_disable_o_direct", 0),
-        ("instance", 7),
-        ("shm_group", True),
-        ("shm_group", 1.5),
-        ("disk_cache_dir", 7),
-        ("log", 10),
-        ("kv_events_consolidator_mode", 1),
-    ],
-)
-def test_a_json_value_of_the_wrong_type_is_refused(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\['" + key + r"'\]=.*allowed"):
-        load_settings({key: value}, {})
+def wrong_types(tunable: Tunable) -> list[object]:
+    """JSON values that are of no use for a tunable, whatever they hold."""
+    takes_numbers = re.search("integer|number|group id", tunable.kind.allowed)
+    takes_booleans = isinstance(tunable.default, bool)
+    wrong: list[object] = [[], [8], {}, {"size": 8}]
+    if not takes_numbers:
+        wrong += [0, 1, 7, 1.5]
+    if not takes_booleans:
+        wrong += [True, False]
+    if takes_numbers and "number" not in tunable.kind.allowed:
+        wrong += [1.5]
+    return wrong
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+@pytest.mark.parametrize("tunable", tunables(), ids=lambda t: t.field)
+def test_a_json_value_of_the_wrong_type_is_refused(tunable: Tunable, by_variable: bool) -> None:
+    key = tunable.variable if by_variable else tunable.field
+    for value in wrong_types(tunable):
+        with pytest.raises(ConfigError) as refused:
+            load_settings({key: value}, {})
+        assert str(refused.value) == (
+            f"kv_connector_extra_config[{key!r}]={value!r} is not valid "
+            f"(allowed: {tunable.kind.allowed})"
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvbm.config.sizes
 from kvbm.config.sizes import check_shm_room, tier_slots
 from kvbm.errors import ConfigError
 
@@ -127,6 +128,21 @@ def test_a_read_only_mount_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file or directory"):
         check_shm_room("S=1", 1, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("limit", ["limit", "machine"])
+def test_more_than_memory_can_hold_is_refused_though_the_file_system_is_larger(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str
+) -> None:
+    (tmp_path / "limit").write_text("1000000000\n")
+    (tmp_path / "machine").write_text("max\n")
+    monkeypatch.setattr(kvbm.config.sizes, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / limit))
+    text = refused(monkeypatch, filesystem(2**60, 2**60), 2**50)
+    allowed = {"limit": f"{tmp_path / limit} allows 1000000000 ", "machine": "this machine has "}
+    assert allowed[limit] in text
+    assert text.startswith("DYN_KVBM_CPU_CACHE_GB=20.0: the host tier needs 1125899906842624 bytes")
+    assert "resources.limits.memory" in text
+    check_shm_room("S=1", 10**9)
 
 
 def test_the_real_file_system_is_asked(tmp_path: Path) -> None:

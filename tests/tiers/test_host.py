@@ -19,7 +19,7 @@ import kvbm.tiers.host
 from kvbm._fast.locks import try_lock
 from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
-from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentInUse
+from kvbm.errors import LeaderTimeout, SegmentAccessDenied, SegmentError, SegmentInUse
 from kvbm.instance import arena_name, remove
 from kvbm.tiers.host import (
     PAGE_BYTES,
@@ -172,7 +172,7 @@ def test_a_read_only_file_system_is_an_error_that_says_so(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(SegmentAccessDenied, match="Read-only file system"):
+    with pytest.raises(SegmentError, match="Read-only file system"):
         HostArena(instance, HEADER, exclusive=False)
 
 

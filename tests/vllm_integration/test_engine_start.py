@@ -73,17 +73,29 @@ def test_a_size_that_is_none_names_the_setting_and_what_is_allowed() -> None:
 
 
 def test_a_tier_that_does_not_fit_says_how_much_room_there_is() -> None:
-    worker = DynamoConnector(
-        config := configuration(cpu_cache_override_num_blocks=0, cpu_cache_gb=1000),
-        KVConnectorRole.WORKER,
-        cache_configuration(),
-    )
+    config = configuration(cpu_cache_override_num_blocks=0, cpu_cache_gb=1000)
+    worker = DynamoConnector(config, KVConnectorRole.WORKER, cache_configuration())
+    with pytest.raises(ConfigError, match=r"DYN_KVBM_CPU_CACHE_GB=1000\.0.*/dev/shm"):
+        worker.register_kv_caches(tensors())
+    worker.shutdown()
+
+
+def test_blocks_that_do_not_fit_are_refused_when_all_ranks_are_known() -> None:
+    config = configuration(cpu_cache_override_num_blocks=2**28)
+    worker = DynamoConnector(config, KVConnectorRole.WORKER, cache_configuration())
     try:
         worker.register_kv_caches(tensors())
-        with pytest.raises(ConfigError, match=r"DYN_KVBM_CPU_CACHE_GB=1000\.0.*/dev/shm"):
+        with pytest.raises(ConfigError, match=r"OVERRIDE_NUM_BLOCKS=268435456 .*/dev/shm"):
             DynamoConnector(config, KVConnectorRole.SCHEDULER, cache_configuration())
     finally:
         worker.shutdown()
+
+
+def test_an_extra_configuration_that_is_no_mapping_is_refused() -> None:
+    config = configuration()
+    config.kv_transfer_config.kv_connector_extra_config = ["cpu_cache_gb"]
+    with pytest.raises(ConfigError, match=r"\['cpu_cache_gb'\] is not valid .*mapping"):
+        DynamoConnector(config, KVConnectorRole.WORKER, cache_configuration())
 
 
 def test_settings_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
