@@ -117,21 +117,17 @@ def test_a_file_cannot_be_served(snapshot_file: Path, inspect: Inspect) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_a_signal_ends_the_command(sample: Sample, address: str) -> None:
     command = [sys.executable, "-m", "kvbm.inspect", "serve", sample.name, "--port", "0"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--address", address],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
+    ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, problem = process.communicate(timeout=DEADLINE_S)
-    finally:
-        process.kill()
-        process.wait()
     if "Cannot assign requested address" in problem:
         pytest.skip("this host has no IPv6 loopback")
     assert line.startswith("http://[::1]:" if ":" in address else "http://127.0.0.1:")
