@@ -220,15 +220,15 @@ class DiskTier:
     ) -> tuple[list[Transfer], int]:
         """Submit fetches of blocks from `depth` on; returns them and how far they reach."""
         sources = [0] * depth + list(slots)
-        fetches = []
+        fetches: list[Transfer] = []
         at, end = depth, len(sources)
         while at < end:
             stop = min(end, at + BATCH_BLOCKS)
             handles, upto, parent = self.table.fetch(keys, at, stop, sources, parent)
             if handles:
-                fetches.append(
-                    Transfer(handles, upto - at, self._clock(), keys=keys, group=group, first=at)
-                )
+                fetch = Transfer(handles, upto - at, self._clock(), keys=keys, group=group)
+                fetch.first, fetch.after = at, fetches[-1] if fetches else None
+                fetches.append(fetch)
             at = upto
             if upto < stop:
                 break
@@ -314,10 +314,13 @@ class DiskTier:
         for fetch in list(self._fetches):
             if self._has_ended(fetch, "a read"):
                 self._fetches.remove(fetch)
+                fetch.after = None
                 self._end_fetch(fetch)
 
     def _has_ended(self, transfer: Transfer, what: str) -> bool:
         for handle in list(transfer.handles):
+            if transfer.after is not None and transfer.after.handles:
+                break  # its blocks would have no parent yet
             row = self.table.first_failed_row(handle)
             result = self.table.collect(handle)
             if result is None:

@@ -57,6 +57,7 @@ class Transfer:
     first: int = 0  # a fetch's first block
     failed_at: int | None = None
     late: bool = False
+    after: Transfer | None = None  # a fetch's predecessor in its chain: is collected before it
 
 
 @dataclass(eq=False)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,17 @@ from typing import Any
 import pytest
 
 import kvbm.disk_tier
+import kvbm.worker_disk
+from kvbm._fast.disk_backend import DiskBackend
+from kvbm._fast.keys import Keys
 from kvbm._fast.segment import Segment
+from kvbm._fast.slab import SLAB_HEADER
 from kvbm.disk_tier import DiskTier
 from kvbm.instance import remove
 from kvbm.shared import close_and_remove
-from kvbm.tiers.disk import read_slab, slab_path
+from kvbm.tiers.disk import PAGE_BYTES, read_slab, slab_path
+from tests.disk_rig import Calls
+from tests.fast.instances import digests
 from tests.leaks import wait_until
 from tests.small_engine import SmallEngine
 
@@ -131,6 +139,35 @@ def test_a_chain_that_left_the_host_tier_comes_back_from_disk(
     assert load(engine, "r", len(BLOCKS)) == expected(7)
     for rank in range(engine.ranks):
         assert engine.values(TARGETS, rank) == expected(7)
+
+
+def test_reads_of_a_chain_may_end_in_any_order(
+    make_engine: Callable[..., SmallEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, gate = Calls(), threading.Event()
+    monkeypatch.setattr(kvbm.disk_tier, "BATCH_BLOCKS", 2)
+    with_calls = functools.partial(DiskBackend, calls=calls.addresses)
+    monkeypatch.setattr(kvbm.worker_disk, "DiskBackend", with_calls)
+    engine = make_engine()
+    spill(engine, value=3)
+    own = tier(engine)
+    assert own.disk is not None
+    _, ref = own.disk.match(Keys(digests(len(BLOCKS), "a")), 0, len(BLOCKS))
+    assert ref is not None
+    first = SLAB_HEADER.itemsize * own.disk.slots_of(ref, len(BLOCKS))[0] + PAGE_BYTES
+    own.disk.unpin(ref)
+    calls.faults["read"] = lambda at, _fd: None if at != first or gate.wait(20) else None
+    sequence = engine.track("r", len(BLOCKS), "a")
+    assert engine.leader.look_up(sequence, 0, len(BLOCKS)) is None
+    handles = [handle for fetch in own._fetches for handle in fetch.handles]
+    loop = engine.workers[0].loop
+    assert loop is not None
+    assert len(handles) == len(BLOCKS) // 2
+    assert wait_until(lambda: all(loop.rank_ended(handle) for handle in handles[1:]))
+    assert engine.leader.look_up(sequence, 0, len(BLOCKS)) is None
+    gate.set()
+    engine.run_until(lambda: engine.leader.look_up(sequence, 0, len(BLOCKS)) == len(BLOCKS))
+    assert load(engine, "r", len(BLOCKS)) == expected(3)
 
 
 def test_what_came_back_stays_in_the_host_tier(engine: SmallEngine) -> None:

@@ -30,6 +30,7 @@ cdef struct Job:
     void *context
     int phase
     bint reading                 # a fetch; else a spill
+    uint64_t number              # in the order of submission
     uint32_t count
     uint32_t group
     uint32_t next_row            # first one that no thread has taken
@@ -51,6 +52,7 @@ cdef class DiskBackend(CopyBackend):
     cdef pthread_mutex_t lock
     cdef pthread_cond_t work     # rows, or a phase, are to be done; or stopping
     cdef Job *jobs
+    cdef uint64_t submitted      # jobs so far
     cdef bint stopping
     cdef uint32_t threads        # inside `serve`
     cdef uint64_t failures       # rows
@@ -60,6 +62,7 @@ cdef class DiskBackend(CopyBackend):
     cdef void serve_jobs(self) noexcept nogil
     cdef bint do_something(self, Workspace *space) noexcept nogil
     cdef Job *next_job(self) noexcept nogil
+    cdef Job *oldest(self, uint32_t first, uint32_t end) noexcept nogil
     cdef void settle(self, Job *job) noexcept nogil
     cdef void note_problem(self, Job *job, uint32_t row, int problem) noexcept nogil
     cdef int prepare(self, Job *job) noexcept nogil

@@ -23,6 +23,7 @@ from kvbm._fast.backend cimport (
     COPY_FAILED,
     COPY_RUNNING,
     COPY_STOPPED,
+    DEPTH_MAX,
     PLACES,
     CopyBackend,
     StopCheck,
@@ -218,6 +219,8 @@ cdef class DiskBackend(CopyBackend):
         job.group = op.group
         job.next_row = job.running = job.failed_row = 0
         job.problem = DISK_FINE
+        self.submitted += 1
+        job.number = self.submitted
         job.phase = JOB_ROWS if job.reading else JOB_BEGIN
         pthread_cond_broadcast(&self.work)
         pthread_mutex_unlock(&self.lock)
@@ -254,14 +257,20 @@ cdef class DiskBackend(CopyBackend):
 
     cdef Job *next_job(self) noexcept nogil:
         """A job with something to do, fetches first: requests wait for them. Under the lock."""
+        cdef Job *job = self.oldest(0, DEPTH_MAX)
+        return job if job != NULL else self.oldest(DEPTH_MAX, PLACES)
+
+    cdef Job *oldest(self, uint32_t first, uint32_t end) noexcept nogil:
+        """Of the jobs with something to do the oldest: a chain's blocks arrive from its begin."""
+        cdef Job *job
+        cdef Job *found = NULL
         cdef uint32_t place
-        for place in range(PLACES):
-            if self.jobs[place].phase == JOB_BEGIN:
-                return &self.jobs[place]
-            if (self.jobs[place].phase == JOB_ROWS
-                    and self.jobs[place].next_row < self.jobs[place].count):
-                return &self.jobs[place]
-        return NULL
+        for place in range(first, end):
+            job = &self.jobs[place]
+            if (job.phase == JOB_BEGIN or (job.phase == JOB_ROWS and job.next_row < job.count)) \
+                    and (found == NULL or job.number < found.number):
+                found = job
+        return found
 
     cdef bint do_something(self, Workspace *space) noexcept nogil:
         """One row, or the preparation of a job; False if there is none.
