@@ -156,7 +156,12 @@ def test_reads_of_a_chain_may_end_in_any_order(
     assert ref is not None
     first = SLAB_HEADER.itemsize * own.disk.slots_of(ref, len(BLOCKS))[0] + PAGE_BYTES
     own.disk.unpin(ref)
-    calls.faults["read"] = lambda at, _fd: None if at != first or gate.wait(20) else None
+
+    def held_up(at: int, _fd: int) -> None:
+        if at == first:
+            assert gate.wait(20)
+
+    calls.faults["read"] = held_up
     sequence = engine.track("r", len(BLOCKS), "a")
     assert engine.leader.look_up(sequence, 0, len(BLOCKS)) is None
     handles = [handle for fetch in own._fetches for handle in fetch.handles]
