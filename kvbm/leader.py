@@ -22,10 +22,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
+from kvbm.arrivals import Arrivals
 from kvbm.disk_tier import DiskTier
 from kvbm.late_stores import LateStores
 from kvbm.liveness import Liveness
 from kvbm.load_failures import LoadFailures
+from kvbm.rates import PrefillRate
 from kvbm.sequences import GroupBlocks, TrackedSequence
 from kvbm.step import LoadOrder, StepMetadata
 
@@ -61,6 +63,10 @@ class Leader:
         Which blocks are avoided, and whether loading pauses.
     liveness : Liveness
         Whether the workers can copy.
+    prefill : PrefillRate
+        To be told about the engine's steps.
+    arrivals : Arrivals
+        Which requests wait for blocks that somebody is storing.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class Leader:
         self.sequences: dict[str, TrackedSequence] = {}
         self.failures = LoadFailures()
         self.liveness = Liveness(table)
+        self.prefill = PrefillRate() if disk is None else disk.prefill
+        self.arrivals = Arrivals(table, block_tokens, self.prefill)
         self._next = StepMetadata(step=1)
         self._matching: dict[TrackedSequence, None] = {}
         self._loading: dict[str, TrackedSequence] = {}
@@ -96,20 +104,30 @@ class Leader:
         return sequence
 
     def look_up(self, sequence: TrackedSequence, start: int, stop: int) -> int | None:
-        """`match`; None while more is on its way from disk: ask again in the next step."""
+        """`match`; None: more is being stored, or comes from disk; ask again."""
         if self.disk is not None and self.disk.is_promoting(sequence):
             return None
         count = self.match(sequence, start, stop)
-        if self.disk is not None and self._may_match(sequence):
-            if self.disk.promote(sequence, start + count, stop):
-                self.drop_match(sequence)
-                return None
+        if self._may_match(sequence) and self._more_is_coming(sequence, start + count, stop):
+            self.drop_match(sequence)
+            return None
         return count
+
+    def _more_is_coming(self, sequence: TrackedSequence, first: int, stop: int) -> bool:
+        if self.arrivals.worth_a_wait(sequence, first, self._loadable(sequence, first, stop)):
+            return True
+        return self.disk is not None and self.disk.promote(sequence, first, stop)
 
     def _may_match(self, sequence: TrackedSequence) -> bool:
         if sequence.finished or sequence.loading or sequence.load_failed:
             return False
         return self.liveness.workers_ready() and self.failures.loads_allowed()
+
+    def _loadable(self, sequence: TrackedSequence, start: int, stop: int) -> int:
+        """End of the part of blocks `start` to `stop` that is not avoided."""
+        for number, group in enumerate(sequence.groups):
+            stop = self.failures.limit(number, group.keys, start, stop)
+        return stop
 
     def match(self, sequence: TrackedSequence, start: int, stop: int) -> int:
         """Longest run of cached blocks from block `start` on, held until it is loaded or dropped.
@@ -125,8 +143,7 @@ class Leader:
         self.drop_match(sequence)
         if not self._may_match(sequence):
             return 0
-        for number, group in enumerate(sequence.groups):
-            stop = self.failures.limit(number, group.keys, start, stop)
+        stop = self._loadable(sequence, start, stop)
         self._matching[sequence] = None
         count = self._match_groups(sequence, start, stop - start)
         if count <= 0:
@@ -265,18 +282,11 @@ class Leader:
         if submitted and not sequence.cancelled:
             if sequence.load_failed:
                 self.failures.failed()
-                self._avoid_first_not_loaded(sequence)
+                first, count = sequence.matched_from, sequence.matched_count
+                self.failures.avoid_first(sequence.groups, first, first + count, self._not_loaded)
             else:
                 self.failures.succeeded()
         self.drop_match(sequence)
-
-    def _avoid_first_not_loaded(self, sequence: TrackedSequence) -> None:
-        first, end = sequence.matched_from, sequence.matched_from + sequence.matched_count
-        for number, group in enumerate(sequence.groups):
-            for position in range(first, min(end, len(group.device_blocks), len(group.keys))):
-                if group.device_blocks[position] in self._not_loaded:
-                    self.failures.avoid(number, group.keys, position)
-                    break
 
     def fail_load(self, request_id: str, device_blocks: list[int]) -> None:
         """The engine waits for a load that was not planned: have it reported as failed."""

@@ -12,10 +12,11 @@ with each further failure, and one load is tried after it.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from kvbm._fast.keys import Keys
 from kvbm.failure_pause import FailurePause
+from kvbm.sequences import GroupBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ class LoadFailures:
         if len(self._avoided) >= AVOID_MAX:
             del self._avoided[next(iter(self._avoided))]
         self._avoided[group, position, keys.identity(position)[0]] = self._clock() + AVOID_SECS
+
+    def avoid_first(
+        self, groups: Sequence[GroupBlocks], first: int, end: int, not_loaded: Collection[int]
+    ) -> None:
+        """In each group, avoid the first of blocks `first` to `end` whose device block is named."""
+        for number, group in enumerate(groups):
+            for position in range(first, min(end, len(group.device_blocks), len(group.keys))):
+                if group.device_blocks[position] in not_loaded:
+                    self.avoid(number, group.keys, position)
+                    break
 
     def succeeded(self) -> None:
         """A load has arrived."""

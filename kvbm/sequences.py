@@ -76,6 +76,10 @@ class TrackedSequence:
         What it waits for to come from a slower tier.
     promoted : bool
         It has been waited for once in this admission.
+    waits_since, waits_from : float or None, int
+        Since when it waits for blocks that somebody stores, and for which block on.
+    has_waited : bool
+        That wait is over, in this admission.
     """
 
     request_id: str
@@ -93,6 +97,9 @@ class TrackedSequence:
     cancelled: bool = False
     promotion: "Promotion | None" = None
     promoted: bool = False
+    waits_since: float | None = None
+    waits_from: int = 0
+    has_waited: bool = False
 
     @cached_property
     def request_key(self) -> int:
@@ -119,4 +126,5 @@ class TrackedSequence:
         for group in self.groups:
             group.device_blocks = []
             group.look_again()
-        self.stale = self.load_failed = self.promoted = False
+        self.stale = self.load_failed = self.promoted = self.has_waited = False
+        self.waits_since = None

@@ -18,6 +18,7 @@ from kvbm._fast.disk_backend import DiskBackend
 from kvbm._fast.keys import Keys
 from kvbm._fast.segment import Segment
 from kvbm._fast.slab import SLAB_HEADER
+from kvbm.arrivals import TOKENS_MIN
 from kvbm.disk_tier import DiskTier
 from kvbm.instance import remove
 from kvbm.shared import close_and_remove
@@ -25,7 +26,7 @@ from kvbm.tiers.disk import PAGE_BYTES, read_slab, slab_path
 from tests.disk_rig import Calls
 from tests.fast.instances import digests
 from tests.leaks import wait_until
-from tests.small_engine import SmallEngine
+from tests.small_engine import BLOCK_TOKENS, SmallEngine
 
 HOST, DISK = 12, 64
 BLOCKS = list(range(8))
@@ -363,6 +364,26 @@ def test_two_engines_share_a_disk_tier(make_engine: Callable[..., SmallEngine]) 
     shared = Segment.attach(f"/kvbm-{name}.disk", writable=False)
     assert shared.counters()["blocks_loaded"] == len(BLOCKS)
     shared.close()
+
+
+def test_what_one_engine_reads_from_disk_another_one_does_not_read_again(
+    make_engine: Callable[..., SmallEngine],
+) -> None:
+    name, chain = f"disk-tier-{os.getpid()}", list(range(TOKENS_MIN // BLOCK_TOKENS))
+    first, second = (make_engine(instance=name, host_slots=len(chain)) for _ in range(2))
+    second.leader.prefill.tokens_per_sec = 1.0
+    first.store("long", chain, "a", 2.0)
+    settle(first)
+    first.store("push", chain, "b", 500.0)
+    settle(first)
+    reading, waiting = (engine.track("r", len(chain), "a") for engine in (first, second))
+    assert first.leader.look_up(reading, 0, len(chain)) is None
+    assert second.leader.look_up(waiting, 0, len(chain)) is None
+    assert not tier(second)._fetches
+    first.run_until(lambda: first.leader.look_up(reading, 0, len(chain)) == len(chain))
+    second.run_until(lambda: second.leader.look_up(waiting, 0, len(chain)) == len(chain))
+    assert counters(first)["blocks_loaded"] == len(chain)
+    second.leader.abandon("r")  # the first engine proves at its end that nothing is held
 
 
 # ---- failures ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from kvbm._fast.atomics cimport (
     kv_u64_store_relaxed,
     kv_u64_store_release,
 )
-from kvbm._fast.index cimport index_delete, index_insert
+from kvbm._fast.index cimport FULL, INSERTED, InsertResult, index_delete, index_insert
 from kvbm._fast.layout cimport (
     KV_C_DECLINED,
     KV_C_INDEX_FULL,
@@ -134,12 +134,14 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
     """RESET -> PARTIAL: this leader will fill `block`, whose bytes go to `slot`.
 
     The caller owns the record and the slot (it took them from their pools, or evicted them). False,
-    with the block back in RESET, when the index has no room.
+    with the block back in RESET, when another block got this digest meanwhile, or the index has no
+    room.
     """
     cdef kv_block *b = &view.blocks[block]
     cdef kv_block_cold *cold = &view.cold[block]
     cdef uint64_t word = kv_u64_load_acquire(&b.word)
     cdef uint32_t ignored = 0
+    cdef InsertResult inserted
     generation[0] = kv_word_generation(word)
     if kv_word_state(word) != KV_RESET:
         return False  # only a damaged segment gets here: two owners of one record
@@ -159,9 +161,10 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
         return False
     kv_u64_store_release(&b.placement[KV_TIER_HOST],
                          kv_placement_make(KV_FILLING, generation[0], slot))
-    if index_insert(view, what.digest_lo, what.digest_hi, block):
+    inserted = index_insert(view, what.digest_lo, what.digest_hi, block, True)
+    if inserted == INSERTED:
         return True
-    kv_count(view, KV_C_INDEX_FULL, 1)
+    kv_count(view, KV_C_INDEX_FULL, inserted == FULL)
     block_abandon(view, block, generation[0], &ignored)
     return False
 

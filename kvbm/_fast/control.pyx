@@ -18,7 +18,7 @@ from kvbm._fast.atomics cimport (
     kv_u64_store_release,
 )
 from kvbm._fast.blocks cimport block_evict, structure_enter, structure_exit
-from kvbm._fast.index cimport index_delete, index_insert
+from kvbm._fast.index cimport INSERTED, index_delete, index_insert
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
     KV_C_EVICTED,
@@ -328,7 +328,7 @@ def identify(BlockTable table not None, ref: int, Keys keys not None, index: int
     kv_u64_store_relaxed(&cold.sequence_hash, sequence_hash)
     kv_u32_store_relaxed(&cold.position, position)
     kv_u32_store_relaxed(&cold.group, keys.group)
-    done = index_insert(view, lo, hi, block)
+    done = index_insert(view, lo, hi, block, False) == INSERTED
     if not done:
         kv_count(view, KV_C_INDEX_FULL, 1)
     structure_exit(view)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvbm._fast.keys cimport Keys
 from kvbm._fast.slab cimport kv_slab_header
 from kvbm._fast.table cimport BlockTable
 
 
 cdef class DiskTable(BlockTable):
+    cdef bint is_run(self, list found, Keys keys, Py_ssize_t start) except -1
     cdef bint restore_block(self, const kv_slab_header *header, uint64_t tick) noexcept nogil
 
 

@@ -13,6 +13,7 @@ from kvbm._fast.atomics cimport (
     kv_u32_fetch_add_release,
     kv_u32_load_acquire,
     kv_u64_fetch_add_relaxed,
+    kv_u64_load_acquire,
 )
 from kvbm._fast.blocks cimport (
     ALREADY,
@@ -30,6 +31,7 @@ from kvbm._fast.layout cimport (
     KV_NONE,
     KV_POOL_BLOCKS,
     KV_POOL_HOST,
+    kv_block,
     kv_mix64,
     kv_word_generation,
 )
@@ -143,18 +145,21 @@ cdef class DiskTable(BlockTable):
                 break
             i += 1
         found = self.reserve(keys, start, i, parent) if i > start else []
-        if len(found) > 1 and self.chain_is_broken(found):
+        if not self.is_run(found, keys, start):
             self.abandon_reserved([ref for ref, _ in found])
             return []
         return found
 
-    def chain_is_broken(self, found: list[tuple[int, int]]) -> bool:
-        """Return whether somebody else reserved a block between these at the same moment."""
-        cdef uint64_t ref, before
-        for (before, _), (ref, _) in zip(found, found[1:], strict=False):
-            if self.parent_of(ref) != <uint32_t>before:
-                return True
-        return False
+    cdef bint is_run(self, list found, Keys keys, Py_ssize_t start) except -1:
+        """False if somebody else reserved the first block, or one between, at the same moment."""
+        cdef uint64_t lo, hi, ref
+        cdef kv_block *b
+        for i, (ref, _) in enumerate(found):
+            keys.digest(start + i, &lo, &hi)
+            b = &self.view.blocks[<uint32_t>ref]
+            if kv_u64_load_acquire(&b.digest_lo) != lo or kv_u64_load_acquire(&b.digest_hi) != hi:
+                return False
+        return True
 
     def hold_again(self, ref: int) -> int:
         """Hold a block that this leader holds once more; returns `ref`."""

@@ -100,23 +100,44 @@ cdef inline bint entry_is_stale(kv_view *view, uint64_t entry) noexcept nogil:
                                       kv_u64_load_acquire(&b.digest_hi))) != <uint32_t>(entry >> 32)
 
 
-cdef bint index_insert(kv_view *view, uint64_t lo, uint64_t hi, uint32_t block) noexcept nogil:
-    """Add a hint for `block`; False when both buckets are full of live entries.
+cdef inline bint entry_has_digest(kv_view *view, uint64_t entry, uint32_t tag, uint64_t lo,
+                                  uint64_t hi, uint32_t block) noexcept nogil:
+    """True if an entry leads to another block than `block` that carries this digest now."""
+    cdef uint64_t word
+    cdef uint32_t other = <uint32_t>entry - 1
+    if <uint32_t>(entry >> 32) != tag or other == block or other >= view.shape.block_capacity:
+        return False
+    return block_has_digest(view, other, lo, hi, True, &word)
+
+
+cdef InsertResult index_insert(kv_view *view, uint64_t lo, uint64_t hi, uint32_t block,
+                               bint alone) noexcept nogil:
+    """Add a hint for `block`; FULL when both buckets are full of live entries.
 
     The emptier bucket is tried first. A stale entry is replaced only when neither bucket has room.
+
+    With `alone`, TAKEN when another block carries the digest already. Of two that insert one digest
+    at once, both see the buckets without it and try the same place, so that one of them loses its
+    CAS to the other's entry, and sees that. Only if a third insert, of another digest, comes
+    between their looks at the two buckets may they choose different ones: then both blocks stay.
     """
     cdef uint64_t h = kv_digest_hash(lo, hi)
     cdef uint32_t tag = kv_hash_tag(h)
     cdef uint32_t first = kv_hash_bucket(h, view.bucket_mask)
     cdef uint32_t second = kv_other_bucket(first, tag, view.bucket_mask)
     cdef uint64_t entry = (<uint64_t>tag << 32) | (<uint64_t>block + 1)
-    cdef uint64_t seen
+    cdef uint64_t seen, other
     cdef uint32_t bucket
     cdef kv_au64 *place
     cdef int choice, i, used_first = 0, used_second = 0
     for i in range(KV_BUCKET_ENTRIES):
-        used_first += kv_u64_load_acquire(&view.buckets[first].entry[i]) != 0
-        used_second += kv_u64_load_acquire(&view.buckets[second].entry[i]) != 0
+        seen = kv_u64_load_acquire(&view.buckets[first].entry[i])
+        other = kv_u64_load_acquire(&view.buckets[second].entry[i])
+        used_first += seen != 0
+        used_second += other != 0
+        if alone and (entry_has_digest(view, seen, tag, lo, hi, block)
+                      or entry_has_digest(view, other, tag, lo, hi, block)):
+            return TAKEN
     if used_second < used_first:
         first, second = second, first
     for choice in range(4):  # two buckets for an empty place, then two for a stale one
@@ -129,8 +150,10 @@ cdef bint index_insert(kv_view *view, uint64_t lo, uint64_t hi, uint32_t block) 
                     continue
                 kv_count(view, KV_C_STALE_ENTRIES, 1)
             if kv_u64_cas_acq_rel(place, &seen, entry):
-                return True
-    return False
+                return INSERTED
+            if alone and entry_has_digest(view, seen, tag, lo, hi, block):
+                return TAKEN
+    return FULL
 
 
 cdef void index_delete(kv_view *view, uint64_t lo, uint64_t hi, uint32_t block) noexcept nogil:

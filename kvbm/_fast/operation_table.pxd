@@ -23,4 +23,5 @@ cdef class OperationTable(BlockTable):
     cdef void discard(self, uint32_t *indices, int count) noexcept nogil
     cdef int submit_all(self, uint32_t *indices, int count, list handles) except -1
     cdef kv_operation *checked(self, uint64_t handle) except? NULL
+    cdef bint parent_is_filled(self, kv_operation *op) noexcept nogil
     cdef void collect_rows(self, kv_operation *op, bint arrived) noexcept nogil

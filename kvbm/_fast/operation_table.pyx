@@ -33,16 +33,19 @@ from kvbm._fast.layout cimport (
     KV_C_PUBLISHED,
     KV_C_SKIPPED_NO_OPERATION,
     KV_FETCH,
+    KV_LEADERS,
     KV_LOAD,
     KV_NONE,
     KV_OPERATIONS_PER_LEADER,
     KV_OP_COMPLETE,
     KV_OP_FAILED,
+    KV_PARTIAL,
     KV_ROWS,
     KV_SPILL,
     KV_STORE,
     kv_count,
     kv_fills_blocks,
+    kv_holder_bit,
     kv_op_generation,
     kv_op_rows,
     kv_op_state,
@@ -50,6 +53,7 @@ from kvbm._fast.layout cimport (
     kv_operation_at,
     kv_row,
     kv_word_generation,
+    kv_word_state,
 )
 from kvbm._fast.operations cimport (
     operation_allocate,
@@ -61,6 +65,10 @@ from kvbm._fast.operations cimport (
 from kvbm._fast.segment cimport Segment
 from kvbm._fast.table cimport BlockTable, make_ref, set_parent
 
+PARENT_SECS = 1.0
+"""Longest wait of copied blocks for the parent that another engine is still filling."""
+
+cdef uint64_t PARENT_NS = <uint64_t>(PARENT_SECS * 1e9)
 cdef uint64_t NO_REF = 0xFFFFFFFFFFFFFFFFULL
 
 
@@ -152,29 +160,32 @@ cdef class OperationTable(BlockTable):
                 source = sources[i]
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
-                if block != KV_NONE:
-                    kv_count(self.view, KV_C_DEDUPLICATED, 1)
-                    ref = make_ref(block, kv_word_generation(word))
-                    op = NULL  # the next row has another parent than the one before: a new anchor
-                    i += 1
-                    continue
-                if op == NULL or rows == KV_ROWS:
-                    index = self.open_operation(kind, step, request_key, keys.group, ref)
-                    if index == KV_NONE:
+                if block == KV_NONE:
+                    if op == NULL or rows == KV_ROWS:
+                        index = self.open_operation(kind, step, request_key, keys.group, ref)
+                        if index == KV_NONE:
+                            break
+                        op = kv_operation_at(self.view, self.view.leader, index)
+                        pending[pending_count] = index
+                        pending_count += 1
+                        rows = 0
+                    set_parent(&what, ref)
+                    what.sequence_hash = keys.sequence_hash(i)
+                    what.position = <uint32_t>i
+                    if self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
+                        fill_row(&op.rows[rows], source, slot, block, generation)
+                        rows += 1
+                        op.row_count = rows
+                        ref = make_ref(block, generation)
+                        i += 1
+                        continue
+                    # No slot; or another engine was faster, by an instant.
+                    block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
+                    if block == KV_NONE:
                         break
-                    op = kv_operation_at(self.view, self.view.leader, index)
-                    pending[pending_count] = index
-                    pending_count += 1
-                    rows = 0
-                set_parent(&what, ref)
-                what.sequence_hash = keys.sequence_hash(i)
-                what.position = <uint32_t>i
-                if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
-                    break
-                fill_row(&op.rows[rows], source, slot, block, generation)
-                rows += 1
-                op.row_count = rows
-                ref = make_ref(block, generation)
+                kv_count(self.view, KV_C_DEDUPLICATED, 1)
+                ref = make_ref(block, kv_word_generation(word))
+                op = NULL  # the next row has another parent than the one before: a new anchor
                 i += 1
         except BaseException:
             self.discard(pending, pending_count)
@@ -322,7 +333,8 @@ cdef class OperationTable(BlockTable):
         A result is given once.
 
         Blocks of a completed store are registered and returned; those of a failed one, and those
-        whose parent did not make it, are given back.
+        whose parent did not make it, are given back. A store below a block that another engine is
+        still filling runs on until that is decided, for `PARENT_SECS` at most.
         """
         cdef kv_operation *op = self.checked(handle)
         cdef uint32_t state = kv_op_state(kv_u64_load_acquire(&op.word))
@@ -330,6 +342,8 @@ cdef class OperationTable(BlockTable):
         if state != KV_OP_COMPLETE and state != KV_OP_FAILED:
             return None
         if kv_fills_blocks(kv_u32_load_relaxed(&op.kind)):
+            if state == KV_OP_COMPLETE and self.parent_is_filled(op):
+                return None
             if not structure_enter(self.view):
                 return None
             self.collect_rows(op, state == KV_OP_COMPLETE)
@@ -337,6 +351,31 @@ cdef class OperationTable(BlockTable):
             self.let_go(self.anchors[index], 0)
         operation_recycle(self.view, op)
         return state == KV_OP_COMPLETE
+
+    cdef bint parent_is_filled(self, kv_operation *op) noexcept nogil:
+        """True while rows of a completed store wait for a parent that somebody still fills."""
+        cdef uint32_t i, parent
+        cdef uint64_t word
+        cdef kv_row row
+        if monotonic_ns() - kv_u64_load_relaxed(&op.completed_ns) > PARENT_NS:
+            return False
+        for i in range(kv_op_rows(op)):
+            row = op.rows[i]
+            if row.block >= self.view.shape.block_capacity:
+                return False
+            word = kv_u64_load_acquire(&self.view.blocks[row.block].word)
+            if kv_word_state(word) != KV_PARTIAL or kv_word_generation(word) != row.generation:
+                continue
+            parent = kv_u32_load_relaxed(&self.view.blocks[row.block].parent)
+            if parent == 0 or parent > self.view.shape.block_capacity:
+                return False
+            word = kv_u64_load_acquire(&self.view.blocks[parent - 1].word)
+            # The first row that is not published decides: the others stand below it.
+            return (kv_word_state(word) == KV_PARTIAL
+                    and word & kv_holder_bit(self.view.leader) == 0
+                    and kv_word_generation(word) == kv_u32_load_relaxed(
+                        &self.view.blocks[row.block].parent_generation))
+        return False
 
     cdef void collect_rows(self, kv_operation *op, bint arrived) noexcept nogil:
         cdef uint32_t rows = kv_op_rows(op)
@@ -378,6 +417,40 @@ cdef class OperationTable(BlockTable):
         self.pins[block] += 1
         return make_ref(block, kv_word_generation(kv_u64_load_acquire(
             &self.view.blocks[block].word)))
+
+    def filling(self, Keys keys not None, start: int, stop: int) -> tuple[int, int | None]:
+        """Which blocks of a sequence are being filled now, from block `start` on, and by whom.
+
+        Returns
+        -------
+        count : int
+            Blocks from `start` to the last one that is in the table; 0 if the first is registered,
+            or not there. Found by bisection, so a hint: a chain is reserved from its begin.
+        leader : int or None
+            Leader slot of whoever fills the first of them.
+        """
+        cdef uint64_t lo, hi, word
+        cdef Py_ssize_t low = start, high = min(stop, keys.count()), middle
+        cdef uint32_t block, leader = 0
+        self.mix(keys)
+        if start < 0:
+            raise ValueError(f"start {start} is negative")
+        if low >= high:
+            return 0, None
+        keys.digest(low, &lo, &hi)
+        block = index_find(self.view, lo, hi, True, &word)
+        if block == KV_NONE or kv_word_state(word) != KV_PARTIAL:
+            return 0, None
+        while leader < KV_LEADERS and word & kv_holder_bit(leader) == 0:
+            leader += 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            keys.digest(middle, &lo, &hi)
+            if index_find(self.view, lo, hi, True, &word) == KV_NONE:
+                high = middle
+            else:
+                low = middle
+        return low - start + 1, leader if leader < KV_LEADERS else None
 
     def first_failed_row(self, handle: int) -> int:
         """Row of an ended operation from which on some rank has failed; 0 if none says so."""

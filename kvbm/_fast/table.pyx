@@ -371,19 +371,22 @@ cdef class BlockTable:
                 what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
-                if block != KV_NONE:
-                    ref = make_ref(block, kv_word_generation(word))
-                    fresh = False
-                    continue
-                if not fresh and ref != NO_REF and ref != held:
-                    self.let_go(held, 0)
-                    held = ref if self.hold_parent(ref) else NO_REF
-                set_parent(&what, ref)
-                if not self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
-                    break
-                ref = make_ref(block, generation)
-                fresh = True
-                found.append((ref, slot))
+                if block == KV_NONE:
+                    if not fresh and ref != NO_REF and ref != held:
+                        self.let_go(held, 0)
+                        held = ref if self.hold_parent(ref) else NO_REF
+                    set_parent(&what, ref)
+                    if self.reserve_block(&what, <uint32_t>(end - i), &block, &generation, &slot):
+                        ref = make_ref(block, generation)
+                        fresh = True
+                        found.append((ref, slot))
+                        continue
+                    # No slot; or another engine was faster, by an instant.
+                    block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
+                    if block == KV_NONE:
+                        break
+                ref = make_ref(block, kv_word_generation(word))
+                fresh = False
         except BaseException:
             for ref, _ in found:
                 self.abandon(<uint32_t>ref, <uint32_t>(ref >> 32))

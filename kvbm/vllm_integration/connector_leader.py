@@ -294,8 +294,8 @@ class KvConnectorLeader:
     def match(self, request: "Request", computed_tokens: int) -> int | None:
         """Tokens beyond the device's own prefix that can be loaded: whole blocks, never the last.
 
-        The last token must be computed, since its logits are needed. None: ask again, more is on
-        its way from disk.
+        The last token must be computed, since its logits are needed. None: ask again, more is
+        being stored, or on its way from disk.
         """
         if request.skip_reading_prefix_cache or computed_tokens % self.block_tokens != 0:
             return 0
@@ -365,8 +365,7 @@ class KvConnectorLeader:
         The step's message goes to the workers whatever happens here: it says which copies to stop
         and which loads to report.
         """
-        if self.leader.disk is not None:
-            self.leader.disk.prefill.step(sum(output.num_scheduled_tokens.values()))
+        self.leader.prefill.step(sum(output.num_scheduled_tokens.values()))
         for request_id in self.leader.storing():
             self._per_request(request_id, self._note_preemption, request_id)
         for request_id in output.preempted_req_ids or ():

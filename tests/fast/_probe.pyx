@@ -26,7 +26,7 @@ from kvbm._fast.eviction cimport (
     evictor_offer,
     evictor_take,
 )
-from kvbm._fast.index cimport index_delete, index_find, index_insert, index_purge
+from kvbm._fast.index cimport INSERTED, index_delete, index_find, index_insert, index_purge
 from kvbm._fast.layout cimport (
     KV_NONE,
     KV_OPERATIONS_PER_LEADER,
@@ -130,7 +130,7 @@ def find(Segment s, bytes digest, bint partial_too=False):
 def insert(Segment s, bytes digest, uint32_t block):
     cdef uint64_t lo, hi
     halves(digest, &lo, &hi)
-    return bool(index_insert(&s.view, lo, hi, block))
+    return index_insert(&s.view, lo, hi, block, False) == INSERTED
 
 
 def delete(Segment s, bytes digest, uint32_t block):

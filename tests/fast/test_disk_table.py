@@ -105,6 +105,34 @@ def test_a_run_ends_before_a_block_that_is_there(make_instance: Make) -> None:
         table.unpin(ref)
 
 
+class Raced(DiskTable):
+    """A table to which another leader is faster: it reserves one block a moment before."""
+
+    other: DiskTable
+    taken: int
+
+    def reserve(self, keys: Keys, start: int, stop: int, *rest: Any) -> list[tuple[int, int]]:
+        """Reserve what the other one has left."""
+        _, parent = self.match(keys, 0, self.taken)
+        self.other.reserve(keys, self.taken, self.taken + 1, parent)
+        return super().reserve(keys, start, stop, *rest)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_run_into_which_another_leader_comes_is_given_back(
+    make_instance: Make, taken: int
+) -> None:
+    made = make_instance(host_slots=SLOTS)
+    made.check = "invariants"  # the other leader's reservation stays
+    segment = made.attach()
+    claim_leader(segment, 2)
+    table = Raced(segment)
+    table.other, table.taken = disk_table(made), taken
+    assert table.reserve_run(Keys(digests(4)), 0, 4, None) == []
+    assert table.held() == {}
+    assert made.creator.free_blocks() == SLOTS - 1
+
+
 def test_a_block_is_held_as_often_as_that_is_said(make_instance: Make) -> None:
     table = disk_table(make_instance(host_slots=SLOTS))
     keys = Keys(digests(1))

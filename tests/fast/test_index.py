@@ -130,10 +130,31 @@ def test_a_registered_block_is_preferred_to_a_partial_one(make_instance: Make, p
     made = make_instance(64)
     segment = leader_of(made)
     digest = digests(1)[0][:16]
-    probe.reserve(segment, 9, 9, digest)
-    register(probe, segment, 4, digest)
-    probe.reserve(segment, 10, 10, digest)
+    for block in (9, 4, 10):
+        generation = probe.reserve(segment, block, block, digest)
+        if block == 4:
+            assert probe.publish(segment, block, generation) == "published"
+        probe.delete(segment, digest, block)  # else the next one would not be let in
+    for block in (9, 4, 10):
+        probe.insert(segment, digest, block)
     assert probe.find(segment, digest, True) == (4, 0, REGISTERED)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_digest_that_another_block_carries_is_not_reserved_again(
+    make_instance: Make, probe: Any, published: bool
+) -> None:
+    made = make_instance(64)
+    segment = leader_of(made)
+    digest = digests(1)[0][:16]
+    generation = probe.reserve(segment, 1, 1, digest)
+    if published:
+        assert probe.publish(segment, 1, generation) == "published"
+    assert probe.reserve(segment, 2, 2, digest) is None
+    assert made.raw.block(2).state == RESET
+    assert probe.find(segment, digest, True) is not None
+    assert made.creator.counters()["index_full"] == 0
+    assert probe.reserve(segment, 2, 2, digests(1, "other")[0][:16]) is not None
 
 
 @pytest.mark.parametrize("state", [RESET, EVICTING])
@@ -171,7 +192,9 @@ def test_delete_removes_this_blocks_entry_and_no_other(make_instance: Make, prob
     segment = leader_of(made)
     digest = digests(1)[0][:16]
     register(probe, segment, 1, digest)
+    probe.delete(segment, digest, 1)
     register(probe, segment, 2, digest)
+    probe.insert(segment, digest, 1)
     probe.delete(segment, digest, 1)
     assert probe.find(segment, digest) == (2, 0, REGISTERED)
     probe.delete(segment, digest, 1)

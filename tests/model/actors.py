@@ -209,7 +209,7 @@ def identify(p: Process, block: int, digest: str) -> Answer:
     yield from index_delete(p, old, block)
     yield from write_digest(p, block, digest)
     yield store(p.segment.parent[block], ROOT, "parent")
-    done = yield from index_insert(p, digest, block)
+    done = yield from index_insert(p, digest, block, False)
     yield from structure_exit(p)
     return done
 

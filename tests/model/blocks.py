@@ -143,20 +143,40 @@ def entry_is_stale(p: Process, entry: Entry) -> Answer:
     return bool(digest != entry.digest)
 
 
-def index_insert(p: Process, digest: str, block: int) -> Answer:
-    """Add a hint; False when the bucket is full of live entries."""
+def entry_has_digest(p: Process, entry: Entry | None, digest: str, block: int) -> Answer:
+    """True if an entry leads to another block that carries this digest now."""
+    if entry is None or entry.digest != digest or entry.block == block:
+        return False
+    word = yield load(p.segment.word[entry.block], "taken?")
+    if not live(word, True):
+        return False
+    same = yield from has_digest(p, entry.block, digest)
+    return bool(same)
+
+
+def index_insert(p: Process, digest: str, block: int, alone: bool) -> Answer:
+    """Add a hint; False when the bucket is full of live entries.
+
+    With `alone` also when another block carries the digest already.
+    """
     for choice in range(2):
         for e in range(p.segment.sizes.entries):
             seen = yield load(p.segment.entry[e], "room?")
             if seen is not None:
                 if choice == 0:
+                    taken = yield from entry_has_digest(p, seen if alone else None, digest, block)
+                    if taken:
+                        return False
                     continue
                 stale = yield from entry_is_stale(p, seen)
                 if not stale:
                     continue
-            done, _ = yield cas(p.segment.entry[e], seen, Entry(digest, block), "insert")
+            done, seen = yield cas(p.segment.entry[e], seen, Entry(digest, block), "insert")
             if done:
                 return True
+            taken = yield from entry_has_digest(p, seen if alone else None, digest, block)
+            if taken:
+                return False
     return False
 
 
@@ -245,7 +265,7 @@ def write_digest(p: Process, block: int, digest: str) -> Actions:
 def block_reserve(
     p: Process, block: int, slot: int, digest: str, parent: Parent
 ) -> Generator[Step, Any, Reserved | None]:
-    """RESET -> PARTIAL; None, with the block back in RESET, when the index has no room."""
+    """RESET -> PARTIAL; None, with the block back in RESET, when its digest is taken."""
     cell = p.segment.word[block]
     word = yield load(cell, "reserve")
     early = p.rules.digest_before_partial and p.rules.digest_before_publish
@@ -264,7 +284,7 @@ def block_reserve(
         yield store(p.segment.parent[block], parent, "parent")
     filling = Placement(FILLING, word.generation, slot)
     yield store(p.segment.placement[block], filling, "placement")
-    inserted = yield from index_insert(p, digest, block)
+    inserted = yield from index_insert(p, digest, block, True)
     if inserted:
         return Reserved(block, word.generation, slot, digest)
     yield from block_abandon(p, block, word.generation)

@@ -57,7 +57,11 @@ def reserve_chain(
         reserved = yield from block_reserve(p, block, slot, chain[i], parent)
         if reserved is None:
             yield from give_back(p, block, slot)
-            break
+            known = yield from index_find(p, chain[i], True)
+            if known is None:
+                break
+            parent = Parent(known.block + 1, known.word.generation)
+            continue
         found = (*found, reserved)
         parent = Parent(block + 1, reserved.generation)
     return found

@@ -6,7 +6,8 @@ child runs the scenario of tests/stress/crash_points.py and stops (SIGSTOP) just
 store to shared memory. While it is stopped, the others look up, pin, reserve, publish, evict,
 attach, claim, recover and leave, each in a bounded number of stores; then it is continued, comes to
 its end, and all invariants hold. A second scenario stops a process that recovers: then nothing is
-stored, everything else goes on, and nobody waits.
+stored, everything else goes on, and nobody waits. In a third one it stores what the others store
+meanwhile: wherever it was stopped, each digest is in one block afterwards.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from kvbm._fast.participants import claim_leader, find_leader, participants
 from kvbm._fast.recovery import recover
 from kvbm._fast.segment import Segment
 from tests.fast.instances import Instance, digests, instance
-from tests.fast.raw_segment import REGISTERED
+from tests.fast.raw_segment import PARTIAL, REGISTERED
 
-SLOTS = 20
-"""So many that the stopped process cannot hold all that others need: four."""
+SLOTS = 28
+"""So many that the stopped process cannot hold all that others need: ten."""
 STORES_MAX = 2000
-"""Bound of what the others may take for everything, in stores to shared memory; they need 200."""
+"""Bound of what the others may take for everything, in stores to shared memory; they need 400."""
 HANGS_S = 60
+THE_SAME = digests(6, "stored")
 OURS, THEIRS = digests(3, "others"), digests(1, "newcomer")
 ENGINE_KEY = 6
 
@@ -47,6 +49,7 @@ def go_on(table: OperationTable, name: str, stores: bool) -> None:
     claim_leader(newcomer, ENGINE_KEY)
     assert find_leader(newcomer, ENGINE_KEY) == newcomer.leader
     second = OperationTable(newcomer)
+    reserve_the_same(second)
     look_up(second)
     store(second, THEIRS, stores)
     recover(newcomer, rebuild=True)
@@ -61,6 +64,15 @@ def look_up(table: OperationTable) -> None:
     assert count == (0 if table.segment.key_epoch else len(SURVIVOR))
     if ref is not None:
         assert len(table.slots_of(ref, count)) == count
+        table.unpin(ref)
+
+
+def reserve_the_same(table: OperationTable) -> None:
+    """Publish what the stopped process stores, too, as far as it has not reserved it."""
+    refs = [ref for ref, _ in table.reserve(Keys(THE_SAME), 0, len(THE_SAME))]
+    registered = table.publish(refs)
+    assert table.abandon_reserved(refs[registered:]) or not refs  # below a block that it fills
+    for ref in refs:
         table.unpin(ref)
 
 
@@ -94,6 +106,14 @@ def recovering(name: str) -> None:
     os.waitpid(pid, 0)
     segment = Segment.attach(name)
     recover(segment, rebuild=True)
+    segment.close()
+
+
+def storing(name: str) -> None:
+    """A process that stores what the others store at the same time."""
+    segment = Segment.attach(name)
+    claim_leader(segment, os.getpid())
+    reserve_the_same(OperationTable(segment))
     segment.close()
 
 
@@ -151,6 +171,8 @@ def check(one: Instance, held: list[int], n: int) -> None:
     for ref in held:
         block = blocks[ref & 0xFFFFFFFF]
         assert block.state == REGISTERED, f"store {n}: a registered block was lost: {block}"
+    live = [block.digest for block in blocks if block.state in (PARTIAL, REGISTERED)]
+    assert len(live) == len(set(live)), f"store {n}: one digest is in two blocks"
     for index, block in enumerate(blocks):
         assert block.holders <= {0}, f"store {n}: block {index} is held: {block}"
 
@@ -171,8 +193,16 @@ def main() -> None:
     every = parser.parse_args().every
     points, most = sweep(lambda name: scenario(name, alone=False), False, every)
     recoveries, recovery_most = sweep(recovering, True, max(1, every // 8))
+    same, same_most = sweep(storing, False, 1)
     print(
-        json.dumps({"stops": points, "in recovery": recoveries, "stores": max(most, recovery_most)})
+        json.dumps(
+            {
+                "stops": points,
+                "in recovery": recoveries,
+                "in an equal store": same,
+                "stores": max(most, recovery_most, same_most),
+            }
+        )
     )
 
 
