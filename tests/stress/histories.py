@@ -153,12 +153,16 @@ class Leader:
             return None
         slot, slots, _ = self.probe.take_run(self.segment, POOL_HOST, 1)
         assert slots, "as many slots as blocks"
-        start = time.monotonic_ns()
         where = (None, 0) if above is None else above[:2]
+        before = self.raw.block(first).generation  # stays: the record is ours
+        start = time.monotonic_ns()
         generation = self.probe.reserve(self.segment, first, slot, name.digest, *where)
-        assert generation is not None, "the index has room"
-        self.saw(start, "reserved", first, generation, name.digest)
-        return first, generation
+        self.saw(start, "reserved", first, before, name.digest)
+        if generation is None:  # somebody else was faster with this digest
+            self.saw(start, "abandoned", first, before)
+            self.give_back(first, slot)
+            return None
+        return first, before
 
     def abandon(self, block: int, generation: int) -> bool:
         start = time.monotonic_ns()
