@@ -7,6 +7,15 @@ from collections.abc import Callable
 from multiprocessing import util as multiprocessing_util
 
 
+def call_after_children(call: Callable[[], None]) -> None:
+    """Call a function at the end of this process, once its `multiprocessing` children are gone.
+
+    Not in children that are forked from it.
+    """
+    # Those with a negative priority come after the children have been joined.
+    multiprocessing_util.Finalize(None, call, exitpriority=-1)
+
+
 def close_at_exit(owner: object, close: Callable[[], None]) -> None:
     """Call a bound method when the process ends, unless its object has gone before.
 

@@ -33,7 +33,9 @@ from kvbm.fingerprint import Fingerprint, differences
 from kvbm.instance import (
     arena_names,
     cannot_make,
+    instances,
     is_private,
+    remove_dead_private_instances,
     remove_if_unused,
     remove_ranks_from,
     reserved_bytes,
@@ -44,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 CREATOR_SECS = 10.0
 """How long a segment may take from its creation to its magic before it counts as abandoned."""
+
+ENDING_SECS = 5.0
+"""Longest wait, at the end of a process, for the workers of engines that it has killed."""
 
 USER_SECS = 0.5
 """How long somebody must have been attached at every look to count as a user."""
@@ -244,6 +249,36 @@ def _misfit(segment: Segment, spec: SegmentSpec) -> SegmentError | None:
     if any(nonce != segment.nonce and not (unmarked and nonce == 0) for nonce in spec.nonces):
         return SegmentCorrupt(segment.name, "an arena does not belong to it")
     return None
+
+
+def remove_as_engines_end(wait_secs: float = ENDING_SECS) -> None:
+    """Remove private instances that nobody uses; wait for those whose leader has died to be so.
+
+    For the process that engines were started from: it may have killed them, and a process that is
+    killed keeps its locks until the kernel has taken down its memory.
+    """
+    deadline = time.monotonic() + wait_secs
+    while True:
+        remove_dead_private_instances()
+        ending = any(is_private(one) and _lost_its_leader(one) for one in instances())
+        if not ending or time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+
+
+def _lost_its_leader(instance: str) -> bool:
+    """Return whether an instance of this user has a segment, and no live leader."""
+    name = segment_name(instance)
+    try:
+        if os.stat(object_path(name), follow_symlinks=False).st_uid != os.geteuid():
+            return False
+        segment = Segment.attach(name, writable=False)
+    except (OSError, SegmentFault):
+        return False
+    try:
+        return not any(line.alive and line.role == "leader" for line in participants(segment))
+    finally:
+        segment.close()
 
 
 def close_and_remove(segment: Segment, instance: str) -> None:

@@ -20,11 +20,12 @@ from kvbm._fast.participants import claim_worker, find_leader, set_attached
 from kvbm._fast.segment import Segment, SegmentFault
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.config import Settings
-from kvbm.errors import GeometryError
+from kvbm.errors import ConfigError, GeometryError
 from kvbm.instance import (
     arena_names,
     engine_key,
     is_private,
+    remove_dead_private_instances,
     remove_if_unused,
     reserved_bytes,
     segment_name,
@@ -110,8 +111,7 @@ class Worker:
         self.geometries = list(geometries)
         self._keep_alive = keep_alive
         self._device = device or Device()
-        there = reserved_bytes(arena_names(place.instance))
-        settings.check_shm_room(max(settings.host_bytes, PAGE_BYTES) - there)
+        self._check_room()
         self.arena = HostArena(
             place.instance,
             ArenaHeader(
@@ -140,6 +140,16 @@ class Worker:
         )
         self._reserving: threading.Thread | None = None
         self._copies.start()
+
+    def _check_room(self) -> None:
+        """Look for room before anything is made; what dead engines left is no reason to fail."""
+        wanted = max(self.settings.host_bytes, PAGE_BYTES)
+        missing = wanted - reserved_bytes(arena_names(self.place.instance))
+        try:
+            self.settings.check_shm_room(missing)
+        except ConfigError:
+            remove_dead_private_instances()
+            self.settings.check_shm_room(missing)
 
     # ---- background ------------------------------------------------------------------------------
     def _run(self) -> None:

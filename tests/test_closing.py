@@ -72,3 +72,39 @@ def test_an_object_that_is_gone_is_neither_kept_nor_closed() -> None:
     gc.collect()
     assert closed == []
     assert not [o for o in gc.get_objects() if type(o) is Gone]
+
+
+END_PROGRAM = """
+import multiprocessing, sys, threading
+from kvbm.closing import call_after_children, close_at_exit
+
+class Open:
+    def close(self):
+        print("closed", flush=True)
+
+def child():
+    threading.Event().wait(0.2)
+    print("child", flush=True)
+
+if __name__ == "__main__":
+    call_after_children(lambda: print("end", flush=True))
+    one = Open()
+    close_at_exit(one, one.close)
+    multiprocessing.get_context(sys.argv[1]).Process(target=child).start()
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_call_after_children_comes_once_and_last(
+    how: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    program = tmp_path_factory.mktemp("closing") / "program.py"
+    program.write_text(END_PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(program), how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split()
+    assert lines[-2:] == ["child", "end"]
+    assert lines.count("end") == 1
+    assert "closed" in lines[:-2]

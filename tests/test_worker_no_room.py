@@ -16,11 +16,11 @@ import kvbm.tiers.host
 from kvbm._fast.objects import SHARED_MEMORY
 from kvbm._fast.segment import segment_bytes, shape_for
 from kvbm.errors import ConfigError, SegmentAccessDenied, SegmentError
-from kvbm.instance import arena_name, instances
+from kvbm.instance import arena_name, instances, private_instance
 from kvbm.tiers.host import HostArena
 from tests.leaks import wait_until
 from tests.mounts import become_nobody, mount, with_mounts
-from tests.small_engine import BLOCK_TOKENS, SmallEngine
+from tests.small_engine import BLOCK_TOKENS, SmallEngine, unique_engine_id
 from tests.tiers.test_host import HEADER
 
 MIB = 1 << 20
@@ -82,6 +82,19 @@ def refusal_beside(instance: str, start: Callable[[], object]) -> str:
     assert instances() == before
     assert list(before) == [instance]
     return str(caught.value)
+
+
+def test_what_a_dead_engine_left_is_no_reason_to_fail() -> None:
+    def check() -> None:
+        mount(options=f"size={16 * MIB}")
+        dead = private_instance(unique_engine_id())
+        (SHARED_MEMORY / arena_name(dead, 0)[1:]).write_bytes(bytes(12 * MIB))
+        engine = SmallEngine(32, start=False, cpu_cache_gb=0.01, cpu_cache_override_num_blocks=None)
+        engine.start_worker()
+        assert dead not in instances()
+        engine.close()
+
+    with_mounts(check)
 
 
 def test_without_room_for_a_page_the_worker_does_not_start() -> None:

@@ -89,13 +89,17 @@ class Server:
         The engine; must have `worker_processes`.
     log : Path
         File for the output of all of its processes.
+    shutdown_timeout_s : int
+        How long vLLM lets its engine core end by itself; 0 is vLLM's default, it kills the core.
     """
 
-    def __init__(self, settings: EngineSettings, log: Path) -> None:
+    def __init__(
+        self, settings: EngineSettings, log: Path, shutdown_timeout_s: int = int(END_S) // 2
+    ) -> None:
         self.port = free_port()
         self._log = log
         where = ("--host", HOST, "--port", str(self.port))
-        options = ("--enable-prompt-tokens-details", "--shutdown-timeout", str(int(END_S) // 2))
+        options = ("--enable-prompt-tokens-details", "--shutdown-timeout", str(shutdown_timeout_s))
         arguments = (*arguments_of(settings), *where, *options)
         context = fork_server()
         self._process = context.Process(target=serve, args=(settings, arguments, log))
@@ -117,9 +121,9 @@ class Server:
     ) -> None:
         self._kill()
 
-    def stop(self) -> int | None:
+    def stop(self, how: signal.Signals = signal.SIGINT) -> int | None:
         """End it as an operator does, and return its exit status; no process may be left."""
-        os.kill(self._process.pid, signal.SIGINT)
+        os.kill(self._process.pid, how)
         self._process.join(END_S)
         assert wait_until(lambda: not self.processes(), END_S), self._tail()
         return self._process.exitcode

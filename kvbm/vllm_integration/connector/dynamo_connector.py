@@ -30,7 +30,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from kvbm.closing import call_after_children
 from kvbm.config import Settings
+from kvbm.shared import remove_as_engines_end
 from kvbm.step import StepMetadata
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.connector_leader import KvConnectorLeader
@@ -294,6 +296,10 @@ class DynamoConnector(KVConnectorBase_V1):
             if side is not None:
                 side.close()
 
+
+# vLLM imports this class wherever it makes its configuration, also in the process that starts its
+# engine cores and, as `vllm serve` does by default, kills them.
+call_after_children(remove_as_engines_end)
 
 # A MultiConnector rebuilds its children's statistics in the front end. It finds them in vLLM's
 # registry, by the name of the class, and not by the module path that the user gave.
