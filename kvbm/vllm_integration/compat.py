@@ -39,7 +39,10 @@ HASHES_NEED_IDENTITY = not hasattr(kv_cache_utils, "to_event_extra_keys")
 """Before 0.31, block hashes do not tell a LoRA adapter from a cache salt of the same text."""
 
 STATS_NEED_A_WORKER = (0, 0) < VERSION < (0, 24)
-"""Before 0.24, the scheduler side's statistics are asked for only if a worker has given some."""
+"""Before 0.24, the scheduler side's statistics are asked for only if a worker has given some.
+
+And before the step's finished requests are told: no later step may follow one that reports nothing.
+"""
 
 STATS_GET_LOST = (0, 0) < VERSION < (0, 28)
 """Before 0.28, statistics of a step without output do not reach the front end of an LLM object."""

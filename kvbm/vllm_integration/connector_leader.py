@@ -451,7 +451,8 @@ class KvConnectorLeader:
 
     def stats(self) -> KvbmStats | None:
         """What moved since the last report."""
-        return self._stats.read(at_once=not self.leader.sequences)
+        at_once = compat.STATS_NEED_A_WORKER or not self.leader.sequences
+        return self._stats.read(at_once)
 
     def count_error(self) -> None:
         """Count a hook that failed."""

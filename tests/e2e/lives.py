@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+READY_S = 60.0
 STEPS_MAX = 20_000
 OUTPUT_TOKENS = 40
 
@@ -66,6 +67,8 @@ class Driver:
         self.tokens: dict[str, list[Tokens]] = {}
         self.open: set[str] = set()
         self.cached: dict[str, int] = {}
+        if self.worker is not None:  # else the first request may find no slot to be stored in
+            self.worker._reserving.join(READY_S)
 
     # ---- requests --------------------------------------------------------------------------------
     def add(
