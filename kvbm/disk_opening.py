@@ -146,6 +146,11 @@ class DiskOpener:
         for path in self._spec.slabs:
             raise_slab_epoch(path, epoch)
 
+    @property
+    def opened(self) -> bool:
+        """Whether the tier is open."""
+        return self._done.is_set() and self._segment is not None
+
     def wait(self, timeout_secs: float) -> bool:
         """Wait until the tier is open, or cannot be opened; for the start alone."""
         return self._done.wait(timeout_secs)

@@ -37,6 +37,7 @@ DIRECTIVE = re.compile(r"#\s*cython:.*(boundscheck|initializedcheck)|@cython\.(b
 # Libraries that may be missing: a file may import one if a part of its path has one of the words.
 ABOUT = {
     "cuda": ("cuda",),
+    "msgspec": ("msgspec", "zmq"),
     "nixl": ("nixl",),
     "nixl_cu12": ("nixl",),
     "pyetcd": ("etcd",),

@@ -168,10 +168,11 @@ class Settings(BaseModel):
         "127.0.0.1",
         "Leader and workers meet in shared memory, not over a socket.",
     )
-    leader_zmq_pub_port: Port = _unneeded(
+    leader_zmq_pub_port: Port = _supported(
         "DYN_KVBM_LEADER_ZMQ_PUB_PORT",
         56001,
-        "Port of the leader's broadcasts; no socket is opened.",
+        "KV events are published 1000 ports above it and replayed 2000 above it, where a rank of "
+        "data parallelism adds its number. No socket is opened on it itself.",
     )
     leader_zmq_ack_port: Port = _unneeded(
         "DYN_KVBM_LEADER_ZMQ_ACK_PORT", 56002, "Port of the workers' answers; no socket is opened."
@@ -212,12 +213,12 @@ class Settings(BaseModel):
     record_max_gb: PositiveGigabytes = _supported(
         "DYN_KVBM_RECORD_MAX_GB", 4.0, "Size at which the record ends."
     )
-    kv_events_enable_consolidator: Truthy = _unsupported(
+    kv_events_enable_consolidator: Truthy = _supported(
         "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR",
         True,
-        "Merge the engine's KV events with those of the tiers.",
+        "Publish vLLM's KV events and those of the tiers as one stream, if vLLM publishes its own.",
     )
-    kv_events_consolidator_mode: ConsolidatorMode = _unsupported(
+    kv_events_consolidator_mode: ConsolidatorMode = _supported(
         "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE",
         "dedup",
         "`dedup` sends an event when a block enters its first tier and when it leaves its last; "

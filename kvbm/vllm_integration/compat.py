@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
 
 OLDEST = (0, 20)
 NEWEST = (0, 33)
@@ -92,3 +93,8 @@ def not_loaded(output: "KVConnectorOutput") -> Iterable[int]:
 def failed_loads(output: "KVConnectorOutput") -> Collection[str]:
     """0.30: requests that a worker has reported as not loaded at all."""
     return getattr(output, "failed_recving", None) or ()
+
+
+def reports_reuse(request: "Request") -> bool:
+    """Whether vLLM's events also tell of the blocks that the request finds on the device."""
+    return getattr(request, "kv_cache_report_mode", "incremental") == "full"

@@ -21,8 +21,6 @@ from kvbm.closing import close_at_exit
 from kvbm.disk_opening import DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
 from kvbm.hashing import (
-    MultimodalItem,
-    RequestKeys,
     TokenChain,
     engine_hashes_problem,
     identity_mix,
@@ -39,6 +37,7 @@ from kvbm.step import StepMetadata
 from kvbm.tiers.disk import slab_path
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.vllm_integration import compat
+from kvbm.vllm_integration.consolidator_config import start_events
 from kvbm.vllm_integration.engine import (
     apply_load_failure_policy,
     block_tokens_of,
@@ -47,6 +46,7 @@ from kvbm.vllm_integration.engine import (
     instance_of,
     settings_of,
 )
+from kvbm.vllm_integration.request_keys import request_keys
 from kvbm.vllm_integration.stats import KvbmStats, StatsReader
 
 if TYPE_CHECKING:
@@ -147,6 +147,14 @@ class KvConnectorLeader:
             start_exporter(self.instance, self.settings.metrics_port, self._hits.rates)
             if self.settings.metrics
             else None
+        )
+        self._events = start_events(
+            vllm_config,
+            self.settings,
+            self.instance,
+            self.group_count,
+            own_hashes=self._problem is not None,
+            disk_is_open=lambda: self._disk is not None and self._disk.opened,
         )
         close_at_exit(self, self.close)
 
@@ -270,6 +278,8 @@ class KvConnectorLeader:
         return sequence
 
     def _track(self, request: "Request") -> TrackedSequence:
+        if self._events is not None and compat.reports_reuse(request):
+            self._events.expect_reuse()
         keys, chain = self._keys(request)
         sequence = self.leader.track(request.request_id, keys)
         self._known[request.request_id] = KnownRequest(
@@ -461,8 +471,9 @@ class KvConnectorLeader:
     def close(self) -> None:
         """Return everything and detach; may be called twice."""
         if self.leader is not None:
-            if self._exporter is not None:
-                self._exporter.close()
+            for service in (self._exporter, self._events):
+                if service is not None:
+                    service.close()
             self.leader.close()
             if self._disk is not None:
                 self._disk.close()
@@ -472,26 +483,3 @@ class KvConnectorLeader:
                 # now, the memory goes with the last worker.
                 remove(self.instance)
             self.leader = None  # type: ignore[assignment]
-
-
-def request_keys(request: "Request") -> RequestKeys:
-    """What changes the KV of a request besides its tokens."""
-    lora = request.lora_request
-    embeds = request.prompt_embeds
-    return RequestKeys(
-        salt=request.cache_salt,
-        lora_name=None if lora is None else lora.lora_name,
-        lora_path=None if lora is None else getattr(lora, "lora_path", None),
-        multimodal=tuple(
-            MultimodalItem(f.identifier, f.mm_position.offset, f.mm_position.length)
-            for f in request.mm_features or ()
-        ),
-        prompt_embeds=None if embeds is None else embedding_bytes(embeds),
-    )
-
-
-def embedding_bytes(embeds: Any) -> Any:
-    """Bytes of prompt embeddings, one row a token, whatever their type."""
-    import torch
-
-    return embeds.detach().cpu().contiguous().view(torch.uint8).numpy()

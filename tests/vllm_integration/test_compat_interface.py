@@ -57,9 +57,28 @@ FIELDS: dict[str, set[str]] = {
         "parallel_config",
         "cache_config",
         "model_config",
+        "kv_events_config",
+        "additional_config",
     },
+    "vllm.config:KVEventsConfig": {
+        "enable_kv_cache_events",
+        "publisher",
+        "endpoint",
+        "replay_endpoint",
+        "topic",
+    },
+    "vllm.distributed.kv_events:ZmqEventPublisher": {"offset_endpoint_port"},
+    "vllm.distributed.kv_events:BlockStored": {
+        "block_hashes",
+        "parent_block_hash",
+        "token_ids",
+        "block_size",
+        "medium",
+    },
+    "vllm.distributed.kv_events:BlockRemoved": {"block_hashes", "medium"},
     "vllm.config:KVTransferConfig": {
         "engine_id",
+        "kv_connector",
         "kv_connector_extra_config",
         "kv_load_failure_policy",
     },
@@ -69,11 +88,13 @@ FIELDS: dict[str, set[str]] = {
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
+        "data_parallel_rank",
     },
     "vllm.config:CacheConfig": {
         "block_size",
         "cache_dtype",
         "num_gpu_blocks",
+        "enable_prefix_caching",
         "prefix_caching_hash_algo",
     },
     "vllm.config:ModelConfig": {"model", "revision", "dtype", "quantization"},
@@ -111,8 +132,17 @@ VARIABLES = {
     "cache": FIELDS["vllm.config:CacheConfig"],
     "model": FIELDS["vllm.config:ModelConfig"],
     "transfer": FIELDS["vllm.config:KVTransferConfig"],
+    "events": FIELDS["vllm.config:KVEventsConfig"],
 }
-OURS = ("connector_leader.py", "connector_worker.py", "engine.py", "compat.py", "stats.py")
+OURS = (
+    "connector_leader.py",
+    "connector_worker.py",
+    "consolidator_config.py",
+    "engine.py",
+    "compat.py",
+    "request_keys.py",
+    "stats.py",
+)
 # What vLLM's documentation of `KVConnectorBase_V1` says of 0.20 to 0.33 beyond what is installed.
 OTHER_VERSIONS = {
     "get_mem_pool_context",
@@ -190,6 +220,14 @@ def test_the_failure_policy_is_read_after_the_connector_was_made() -> None:
     source = inspect.getsource(load("vllm.v1.core.sched.scheduler:Scheduler").__init__)
     made, read = (source.index(w) for w in ("create_connector(", "kv_load_failure_policy"))
     assert made < read
+
+
+def test_the_publisher_of_events_is_made_after_the_connector() -> None:
+    source = inspect.getsource(load("vllm.v1.core.sched.scheduler:Scheduler").__init__)
+    connector, publisher = (
+        source.index(w) for w in ("create_connector(", "EventPublisherFactory.create(")
+    )
+    assert connector < publisher
 
 
 def test_hashes_are_those_of_whole_blocks() -> None:
