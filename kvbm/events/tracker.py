@@ -147,7 +147,8 @@ class Tracker:
     def _block(self, key: int) -> _Block:
         block = self._blocks.get(key)
         if block is None:
-            block = self._blocks[key] = self._forgotten.pop(key, None) or _Block(key)
+            known = self._forgotten.pop(key, None)
+            block = self._blocks[key] = _Block(key) if known is None else known
         return block
 
     def _describe(self, event: Stored) -> _Block:

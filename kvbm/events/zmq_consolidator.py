@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import zmq
@@ -107,8 +107,10 @@ class Consolidator:
     def _run(self) -> None:
         try:
             with ExitStack() as ends:
-                for end in (self._publisher, self._engine, *self._tables):
-                    ends.enter_context(closing(end))
+                ends.callback(self._publisher.close)
+                ends.callback(self._engine.close)
+                for table in self._tables:
+                    ends.callback(table.close)
                 while not self._closing.is_set():
                     self._wait(time.monotonic() + FLUSH_SECS)
                     self._publish()
