@@ -58,6 +58,12 @@ def mount_small_shared_memory(size: int) -> None:
     mount(options=f"size={size}")
 
 
+def mount_read_only(folder: Path) -> None:
+    """Enter a namespace in which nothing can be written to a folder."""
+    enter_namespace()
+    mount(folder, read_only=True)
+
+
 def become_nobody() -> None:
     """Be another user from here on."""
     os.setgroups([])

@@ -2,6 +2,7 @@
 """How an engine is started: arguments of vLLM's ``LLM`` and the environment."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class EngineSettings:
     kv_transfer_config: dict[str, Any] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     extra_arguments: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[], None] | None = None  # called in the engine's process, before vLLM starts
 
     def device_tokens(self) -> int:
         """Tokens that the engine's own cache holds; vLLM keeps one block to itself."""
@@ -80,7 +82,7 @@ class EngineSettings:
         return arguments | self.extra_arguments
 
     def apply_environment(self) -> None:
-        """Set this process's environment; kvbm's variables only as given here."""
+        """Set this process's environment, kvbm's variables only as given here, and prepare it."""
         for name in [name for name in os.environ if name.startswith("DYN_")]:
             del os.environ[name]
         os.environ.update(IMPORT_ENVIRONMENT)
@@ -90,6 +92,8 @@ class EngineSettings:
             if self.worker_processes:
                 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cores()
         os.environ.update(self.environment)
+        if self.prepare is not None:
+            self.prepare()
 
     def _cores(self) -> str:
         """One core a rank, as VLLM_CPU_OMP_THREADS_BIND wants it."""
