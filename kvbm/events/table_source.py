@@ -17,6 +17,8 @@ from kvbm.instance import disk_instance, segment_name
 
 LOOK_SECS = 1.0
 """Time after which a table is looked at even if nobody has counted a change."""
+REST = 50
+"""After a look, a table is left alone for so many times as long as the look took."""
 
 
 class TableSource:
@@ -39,6 +41,7 @@ class TableSource:
         self._segment: Segment | None = None
         self._watch: TableWatch | None = None
         self._looked_at = 0.0
+        self._rest_until = 0.0
 
     def delta(self) -> Delta:
         """What has changed since the last call."""
@@ -46,10 +49,12 @@ class TableSource:
         if watch is None:
             return Delta([], [])
         now = time.monotonic()
-        if not watch.moved() and now - self._looked_at < LOOK_SECS:
+        if now < self._rest_until or (now - self._looked_at < LOOK_SECS and not watch.moved()):
             return Delta([], [])
+        delta = watch.delta()
         self._looked_at = now
-        return watch.delta()
+        self._rest_until = now + REST * (time.monotonic() - now)
+        return delta
 
     def _attach(self) -> TableWatch | None:
         if self._is_open():

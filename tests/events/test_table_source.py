@@ -40,6 +40,7 @@ def test_what_nobody_has_counted_is_seen_a_little_later(
 ) -> None:
     table = made.leader()
     with closing(TableSource(Tier.HOST, made.name, lambda: True)) as source:
+        monkeypatch.setattr(table_source, "REST", 0)
         cache(table, Keys(digests(3)))
         assert len(source.delta().added) == 3
         refs = [ref for ref, _ in table.reserve(Keys(digests(3, "b")), 0, 3)]
@@ -52,6 +53,19 @@ def test_what_nobody_has_counted_is_seen_a_little_later(
         assert len(source.delta().added) == 3
         for ref in refs:
             table.unpin(ref)
+
+
+def test_a_large_table_is_looked_at_less_often(
+    made: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_source, "REST", 1e9)
+    table = made.leader()
+    with closing(TableSource(Tier.HOST, made.name, lambda: True)) as source:
+        source.delta()
+        cache(table, Keys(digests(3)))
+        assert source.delta() == ([], [])
+        source._rest_until = 0.0
+        assert len(source.delta().added) == 3  # the change that was counted meanwhile is not lost
 
 
 def test_nothing_is_held_at_the_end(made: Instance) -> None:
