@@ -49,6 +49,9 @@ RESERVE_BYTES = 64 << 20
 RESERVE_THREADS_MAX = 4
 """More make it no faster: 0.66 s a GiB with one, 0.20 with four, 0.22 with eight (16 cores)."""
 
+TELL_SECS = 10.0
+"""How long workers are waited for in silence."""
+
 _HEADER = struct.Struct("<8sIIQQQ32s")
 _POLL_SECS = 0.01
 _open_arenas: "weakref.WeakSet[HostArena]" = weakref.WeakSet()
@@ -353,15 +356,29 @@ def wait_for_headers(
     LeaderTimeout
         Some rank has not after `timeout_secs`; it names the ranks.
     """
-    deadline = time.monotonic() + timeout_secs
+    began = time.monotonic()
+    told = False
     while True:
         headers = [read_header(instance, rank, group) for rank in range(ranks)]
         found = [header for header in headers if header is not None]
         if len(found) == ranks:
             return found
-        if time.monotonic() > deadline:
-            missing = [rank for rank, header in enumerate(headers) if header is None]
+        waited = time.monotonic() - began
+        missing = [rank for rank, header in enumerate(headers) if header is None]
+        if waited > timeout_secs:
             raise LeaderTimeout(timeout_secs, missing, ranks)
+        if waited > TELL_SECS and not told:
+            told = True
+            logger.warning(
+                "%d of %d workers have not announced themselves in %s (ranks %s); they must share "
+                "it with this process, and are waited for until "
+                "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS=%s",
+                len(missing),
+                ranks,
+                SHARED_MEMORY,
+                ", ".join(map(str, missing)),
+                timeout_secs,
+            )
         time.sleep(_POLL_SECS)
 
 

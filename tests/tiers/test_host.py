@@ -299,6 +299,17 @@ def test_a_leader_finds_the_headers_of_all_ranks(instance: str) -> None:
         arena.close()
 
 
+def test_a_wait_that_takes_long_is_told_once(
+    instance: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kvbm.tiers.host, "TELL_SECS", 0.0)
+    with pytest.raises(LeaderTimeout):
+        wait_for_headers(instance, 2, 0.05)
+    assert caplog.text.count("2 of 2 workers have not announced themselves in /dev/shm") == 1
+    assert "(ranks 0, 1)" in caplog.text
+    assert "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS=0.05" in caplog.text
+
+
 def test_ranks_that_do_not_come_are_named(instance: str) -> None:
     arena = HostArena(instance, replace(HEADER, rank=1, ranks=3), exclusive=False)
     with pytest.raises(LeaderTimeout, match=r"0.*2"):
