@@ -111,7 +111,7 @@ class DiskOpener:
             self._done.set()
 
     def _open(self, slots: int) -> None:
-        found = [read_slab(path) for path in self._spec.slabs]
+        found = [read_slab(path, self._spec.group) for path in self._spec.slabs]
         slabs = [slab for slab in found if slab is not None]
         superblocks = [block for block, _ in slabs]
         segment = self._segment = open_as_leader(
@@ -144,7 +144,7 @@ class DiskOpener:
 
     def _raise_slabs(self, epoch: int) -> None:
         for path in self._spec.slabs:
-            raise_slab_epoch(path, epoch)
+            raise_slab_epoch(path, epoch, self._spec.group)
 
     @property
     def opened(self) -> bool:

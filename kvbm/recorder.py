@@ -9,6 +9,7 @@ log line, and events that the writer cannot keep up with are counted and left ou
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbm._fast.keys import Keys
+from kvbm._fast.objects import open_file
 from kvbm._fast.operation_table import OperationTable
 from kvbm.config import Settings
 from kvbm.disk_tier import DiskTier
@@ -121,16 +123,14 @@ class Recorder:
 
 def _open(path: Path) -> tuple[Path, int]:
     """Open and empty the first file of that name that no other engine writes; its descriptor."""
-    # The default is in a folder that everybody can write to: a link there may lead anywhere.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     for number in range(FILES_MAX):
         free = path.with_stem(f"{path.stem}-{number}") if number else path
         try:
-            descriptor = os.open(free, flags, 0o600)
+            descriptor = _open_own(free)
         except OSError as error:
             raise ConfigError(
                 f"DYN_KVBM_RECORD_PATH={str(path)!r} cannot be written: {error.strerror} "
-                "(allowed: a file, not a link, in a folder that exists)"
+                "(allowed: a file of your own, not a link, in a folder that exists)"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,6 +143,16 @@ def _open(path: Path) -> tuple[Path, int]:
         f"DYN_KVBM_RECORD_PATH={str(path)!r}: {FILES_MAX} engines write records of that name "
         "(allowed: another name)"
     )
+
+
+def _open_own(path: Path) -> int:
+    """Open or make a file; nobody else's, since the default's folder is everybody's."""
+    descriptor = open_file(path, str(path), os.O_WRONLY | os.O_CREAT, trusted=False)
+    owner = os.fstat(descriptor).st_uid
+    if owner != os.geteuid():
+        os.close(descriptor)
+        raise PermissionError(errno.EACCES, f"it belongs to user {owner}")
+    return descriptor
 
 
 def open_recorder(settings: Settings) -> Recorder | None:

@@ -41,7 +41,6 @@ def slab_files(settings: Settings) -> SlabFiles:
         direct=not settings.disk_disable_o_direct,
         open_direct=settings.disk_allocator_type == "open-direct",
         zerofill=settings.disk_zerofill_fallback,
-        mode=0o660 if settings.shm_group is not None else 0o600,
         group=settings.shm_group,
     )
 

@@ -191,3 +191,19 @@ def test_a_link_is_never_followed(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a link"):
         Recorder(path, 1000)
     assert target.read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_that_another_user_has_put_there_is_refused(path: Path) -> None:
+    path.write_text("planted")
+    os.chown(path, 65534, 65534)
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match="it belongs to user 65534"):
+        Recorder(path, 1000)
+    assert path.read_text() == "planted"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Recorder(path, 1000)

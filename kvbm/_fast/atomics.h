@@ -109,6 +109,10 @@ static inline bool kv_u64_cas_acq_rel(kv_au64 *p, uint64_t *expected, uint64_t d
                                        __ATOMIC_ACQUIRE);
 }
 
+/* A number that one thread counts and others look at. */
+static inline void kv_u64_tally(kv_au64 *p, uint64_t more) {
+    __atomic_store_n(&p->_v, __atomic_load_n(&p->_v, __ATOMIC_RELAXED) + more, __ATOMIC_RELAXED);
+}
 static inline uint64_t kv_u64_fetch_add_relaxed(kv_au64 *p, uint64_t v) {
     kv_shared_store();
     return __atomic_fetch_add(&p->_v, v, __ATOMIC_RELAXED);

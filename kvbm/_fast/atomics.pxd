@@ -8,6 +8,7 @@ cdef extern from "atomics.h" nogil:
     ctypedef struct kv_au32:
         pass
 
+    uint32_t kv_u32_once(const uint32_t *p) noexcept
     uint64_t kv_u64_load_relaxed(const kv_au64 *p) noexcept
     uint64_t kv_u64_load_acquire(const kv_au64 *p) noexcept
     uint64_t kv_u64_load_seq_cst(const kv_au64 *p) noexcept
@@ -22,6 +23,7 @@ cdef extern from "atomics.h" nogil:
     void kv_u32_store_seq_cst(kv_au32 *p, uint32_t v) noexcept
 
     bint kv_u64_cas_acq_rel(kv_au64 *p, uint64_t *expected, uint64_t desired) noexcept
+    void kv_u64_tally(kv_au64 *p, uint64_t more) noexcept
     uint64_t kv_u64_fetch_add_relaxed(kv_au64 *p, uint64_t v) noexcept
     uint32_t kv_u32_fetch_add_release(kv_au32 *p, uint32_t v) noexcept
     uint64_t kv_u64_fetch_or_acq_rel(kv_au64 *p, uint64_t v) noexcept

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvbm._fast.atomics cimport kv_au32, kv_au64
 from kvbm._fast.backend cimport CopyBackend, StopCheck
 from kvbm._fast.cuda_device cimport CudaDevice, kv_cu_event, kv_cu_stream, kv_cuda
 from kvbm._fast.cuda_marks cimport CudaMarks
@@ -59,10 +60,10 @@ cdef class CudaBackend(CopyBackend):
     cdef CudaMarks filled
     cdef Ticket *tickets
     cdef bint opened
-    cdef bint off
-    cdef uint32_t failures         # in a row
-    cdef uint64_t blocks
-    cdef uint64_t submit_ns
+    cdef kv_au32 off               # 1 once it has given up
+    cdef kv_au32 failures          # in a row; of both threads
+    cdef kv_au64 blocks
+    cdef kv_au64 submit_ns
 
     cdef void pump(self, Direction *direction) noexcept nogil
     cdef void leave_queue(self, Direction *direction, uint32_t place) noexcept nogil

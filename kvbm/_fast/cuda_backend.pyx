@@ -21,13 +21,17 @@ step (tokens and tables in, samples out) would wait until all chunks are done; s
 Slot headers are written by this thread, before the submission and when the event has ended. After
 FAILURES_MAX errors in a row the backend gives up: it fails every operation from there on.
 """
-import logging
-
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvbm._fast.atomics cimport kv_u32_load_relaxed, kv_u64_load_relaxed
+from kvbm._fast.atomics cimport (
+    kv_u32_fetch_add_release,
+    kv_u32_load_relaxed,
+    kv_u32_store_relaxed,
+    kv_u64_load_relaxed,
+    kv_u64_tally,
+)
 from kvbm._fast.backend cimport (
     COPY_DONE,
     COPY_FAILED,
@@ -56,20 +60,16 @@ from kvbm._fast.copy cimport (
     slot_piece,
 )
 from kvbm._fast.cuda_device cimport (
-    KV_CU_EVENT_DISABLE_TIMING,
     KV_CU_NOT_READY,
     KV_CU_STREAM_NON_BLOCKING,
     KV_CU_SUCCESS,
     CudaDevice,
-    kv_cu_event,
     kv_cu_stream,
 )
 from kvbm._fast.cuda_marks cimport MARK_UNKNOWN, CudaMarks
 from kvbm._fast.cuda_pieces cimport SEGMENTS_MAX, CudaPieces, Group
 from kvbm._fast.cuda_staging cimport CudaStaging, can_stage
 from kvbm._fast.layout cimport KV_ROWS, KV_STORE, kv_operation, kv_row
-
-logger = logging.getLogger("kvbm.cuda")
 
 cdef enum:
     DEPTH = 4              # operations of a kind under way: the bus is busy while one is submitted
@@ -134,7 +134,7 @@ cdef class CudaBackend(CopyBackend):
     @property
     def is_switched_off(self) -> bool:
         """Whether the backend has given up after too many errors."""
-        return self.off
+        return self.is_off()
 
     @property
     def staging_bytes(self) -> int:
@@ -148,15 +148,18 @@ cdef class CudaBackend(CopyBackend):
 
     def statistics(self) -> dict[str, int]:
         """What has been submitted: calls of the driver, pieces, blocks, and time in nanoseconds."""
-        return {"calls": self.pieces.calls + self.staging.calls, "pieces": self.pieces.pieces,
-                "kernels": self.staging.kernels, "blocks": self.blocks,
-                "submit_ns": self.submit_ns}
+        cdef uint64_t calls = kv_u64_load_relaxed(&self.pieces.calls)
+        return {"calls": calls + kv_u64_load_relaxed(&self.staging.calls),
+                "pieces": kv_u64_load_relaxed(&self.pieces.pieces),
+                "kernels": kv_u64_load_relaxed(&self.staging.kernels),
+                "blocks": kv_u64_load_relaxed(&self.blocks),
+                "submit_ns": kv_u64_load_relaxed(&self.submit_ns)}
 
     def close(self) -> None:
         """Destroy streams and events; nobody may be copying. May be called twice."""
         if self.opened:
             self.opened = False
-            self.off = True
+            kv_u32_store_relaxed(&self.off, 1)
             CudaBackend_close(self)
 
     # ---- copy thread -----------------------------------------------------------------------------
@@ -165,7 +168,7 @@ cdef class CudaBackend(CopyBackend):
         cdef Ticket *ticket = &self.tickets[place]
         cdef Direction *direction
         failed_row[0] = 0
-        if self.off or op.group >= self.group_count or op.row_count > KV_ROWS:
+        if self.is_off() or op.group >= self.group_count or op.row_count > KV_ROWS:
             return COPY_FAILED
         if not self.good(self.cuda.context_set(self.device.context), "cuCtxSetCurrent"):
             return COPY_FAILED
@@ -202,7 +205,7 @@ cdef class CudaBackend(CopyBackend):
             if not ticket.submitting:
                 direction.head += 1
         if worked:
-            self.submit_ns += monotonic_ns() - began
+            kv_u64_tally(&self.submit_ns, monotonic_ns() - began)
 
     cdef void leave_queue(self, Direction *direction, uint32_t place) noexcept nogil:
         """Take a place out of the queue: it may be used again before its turn comes."""
@@ -332,7 +335,7 @@ cdef class CudaBackend(CopyBackend):
             error = self.cuda.event_record(ticket.ended, stream)
         ticket.submitting = False
         ticket.result = result if self.good(error, "the end of an operation") else COPY_FAILED
-        self.blocks += ticket.end_row
+        kv_u64_tally(&self.blocks, ticket.end_row)
 
     cdef int poll(self, uint32_t place, uint32_t *failed_row) noexcept nogil:
         cdef Ticket *ticket = &self.tickets[place]
@@ -355,7 +358,7 @@ cdef class CudaBackend(CopyBackend):
         if ticket.errors != direction.errors:
             return COPY_FAILED  # of a chunk, maybe one of this operation
         if ticket.result == COPY_DONE:
-            self.failures = 0
+            kv_u32_store_relaxed(&self.failures, 0)
         return self.arrived(ticket, failed_row)
 
     cdef int arrived(self, Ticket *ticket, uint32_t *failed_row) noexcept nogil:
@@ -393,18 +396,12 @@ cdef class CudaBackend(CopyBackend):
 
     cdef void failed(self, const char *what, int error) noexcept nogil:
         """Tell about an error; give up after too many in a row."""
-        self.failures += 1
-        if self.failures >= FAILURES_MAX:
-            self.off = True
-        with gil:
-            try:
-                logger.error("%s%s", self.device.fault((<bytes>what).decode(), error),
-                             "; the host tier of this rank is switched off" if self.off else "")
-            except Exception:  # noqa: BLE001  a logger that fails must not end the copy thread
-                pass
+        if kv_u32_fetch_add_release(&self.failures, 1) + 1 >= FAILURES_MAX:
+            kv_u32_store_relaxed(&self.off, 1)
+        self.device.tell(what, error, self.is_off())
 
     cdef bint is_off(self) noexcept nogil:
-        return self.off
+        return kv_u32_load_relaxed(&self.off) != 0
 
     cdef uint64_t bytes_per_block(self) noexcept nogil:
         return self.block_bytes
@@ -419,11 +416,11 @@ cdef class CudaBackend(CopyBackend):
 
     # ---- engine thread ---------------------------------------------------------------------------
     cdef void step_bound(self, uint64_t step, uint64_t stream) noexcept nogil:
-        if not self.off:
+        if not self.is_off():
             self.good(self.bound.record(step, <kv_cu_stream><uintptr_t>stream), "cuEventRecord")
 
     cdef void step_filled(self, uint64_t step, uint64_t stream) noexcept nogil:
-        if not self.off:
+        if not self.is_off():
             self.good(self.filled.record(step, <kv_cu_stream><uintptr_t>stream), "cuEventRecord")
 
     cdef bint engine_after(self, uint32_t place, uint64_t stream) noexcept nogil:
@@ -467,16 +464,12 @@ cdef int CudaBackend_open(CudaBackend self) except -1:
             device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
                 &direction.streams[i], KV_CU_STREAM_NON_BLOCKING, least))
         for i in range(CHUNKS_MAX):
-            CudaBackend_event(self, &direction.copied[i])
-            CudaBackend_event(self, &direction.chunk[i])
+            device.make_event(&direction.copied[i])
+            device.make_event(&direction.chunk[i])
     for i in range(PLACES):
-        CudaBackend_event(self, &self.tickets[i].ended)
+        device.make_event(&self.tickets[i].ended)
     self.opened = True
     return 0
-
-
-cdef int CudaBackend_event(CudaBackend self, kv_cu_event *event) except -1:
-    self.device.check("cuEventCreate", self.cuda.event_create(event, KV_CU_EVENT_DISABLE_TIMING))
 
 
 cdef int CudaBackend_close(CudaBackend self) except -1:

@@ -107,5 +107,7 @@ cdef class CudaDevice:
     cdef object memory_held        # keeps it mapped
 
     cdef object fault(self, str what, int error)
+    cdef void tell(self, const char *what, int error, bint last) noexcept nogil
     cdef int check(self, str what, int error) except -1
     cdef int enter(self) except -1
+    cdef int make_event(self, kv_cu_event *event) except -1

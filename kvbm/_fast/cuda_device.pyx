@@ -5,8 +5,12 @@ The driver's library is opened when a device is, so importing this needs no CUDA
 function pointers (cuda_driver.h) rather than through cuda.bindings, since the calls that matter are
 made by a thread that does not hold the GIL, hundreds in a row.
 """
+import logging
+
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+
+logger = logging.getLogger("kvbm.cuda")
 
 DRIVER_LIBRARY = "libcuda.so.1"
 
@@ -67,6 +71,15 @@ cdef class CudaDevice:
             return CudaFault(f"{what} failed: CUDA error {error}", error)
         return CudaFault(f"{what} failed: {name.decode()} ({error})", error)
 
+    cdef void tell(self, const char *what, int error, bint last) noexcept nogil:
+        """Log an error; `last`: nothing more is tried."""
+        with gil:
+            try:
+                logger.error("%s%s", self.fault((<bytes>what).decode(), error),
+                             "; the host tier of this rank is switched off" if last else "")
+            except Exception:  # noqa: BLE001  a logger that fails must not end the copy thread
+                pass
+
     cdef int check(self, str what, int error) except -1:
         if error != KV_CU_SUCCESS:
             raise self.fault(what, error)
@@ -77,6 +90,11 @@ cdef class CudaDevice:
         if not self.retained:
             raise CudaFault(f"device {self.index} is closed")
         return self.check("cuCtxSetCurrent", self.cuda.context_set(self.context))
+
+    cdef int make_event(self, kv_cu_event *event) except -1:
+        """An event that keeps no time."""
+        return self.check("cuEventCreate",
+                          self.cuda.event_create(event, KV_CU_EVENT_DISABLE_TIMING))
 
     @property
     def driver_version(self) -> tuple[int, int]:

@@ -8,12 +8,7 @@ never less.
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvbm._fast.atomics cimport kv_u64_load_acquire, kv_u64_store_release
-from kvbm._fast.cuda_device cimport (
-    KV_CU_EVENT_DISABLE_TIMING,
-    KV_CU_SUCCESS,
-    CudaDevice,
-    kv_cu_stream,
-)
+from kvbm._fast.cuda_device cimport KV_CU_SUCCESS, CudaDevice, kv_cu_stream
 
 
 cdef class CudaMarks:
@@ -35,8 +30,7 @@ cdef class CudaMarks:
         self.cuda = &device.cuda
         device.enter()
         while self.created < MARKS:
-            device.check("cuEventCreate", self.cuda.event_create(
-                &self.event[self.created], KV_CU_EVENT_DISABLE_TIMING))
+            device.make_event(&self.event[self.created])
             self.created += 1
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvbm._fast.atomics cimport kv_au64
 from kvbm._fast.copy cimport kv_copier, kv_copy_run
 from kvbm._fast.cuda_device cimport CudaDevice, kv_cu_pointer, kv_cu_stream, kv_cuda
 
@@ -36,8 +37,8 @@ cdef class CudaPieces:
     cdef Batch *batch
     cdef bint use_batches
     cdef const char *failed_call   # what the last error came from
-    cdef uint64_t calls            # submissions to the driver
-    cdef uint64_t pieces
+    cdef kv_au64 calls             # submissions to the driver
+    cdef kv_au64 pieces
 
     # All of these return the driver's error number. Copy thread only, without the GIL.
     cdef void begin(self, const Group *group, bint is_store, kv_cu_stream stream) noexcept nogil

@@ -14,6 +14,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from kvbm._fast.atomics cimport kv_u64_tally
 from kvbm._fast.copy cimport kv_copier, kv_copy_run, kv_region, slot_piece
 from kvbm._fast.cuda_device cimport (
     KV_CU_INVALID_VALUE,
@@ -116,8 +117,8 @@ cdef class CudaPieces:
             if error != KV_CU_SUCCESS:
                 self.failed_call = "cuMemcpy2DAsync"
                 return error
-            self.calls += 1
-            self.pieces += copier.region_count
+            kv_u64_tally(&self.calls, 1)
+            kv_u64_tally(&self.pieces, copier.region_count)
             device += first.block_stride
             host += first.chunk_bytes
         return KV_CU_SUCCESS
@@ -154,8 +155,8 @@ cdef class CudaPieces:
         if error != KV_CU_SUCCESS:
             self.failed_call = "cuMemcpyBatchAsync"
             return error
-        self.calls += 1
-        self.pieces += batch.count
+        kv_u64_tally(&self.calls, 1)
+        kv_u64_tally(&self.pieces, batch.count)
         batch.count = 0
         return KV_CU_SUCCESS
 
@@ -173,7 +174,7 @@ cdef class CudaPieces:
             if error != KV_CU_SUCCESS:
                 self.failed_call = "cuMemcpyAsync"
                 return error
-        self.calls += batch.count
-        self.pieces += batch.count
+        kv_u64_tally(&self.calls, batch.count)
+        kv_u64_tally(&self.pieces, batch.count)
         batch.count = 0
         return KV_CU_SUCCESS

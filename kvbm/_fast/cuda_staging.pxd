@@ -2,6 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvbm._fast.atomics cimport kv_au64
 from kvbm._fast.copy cimport kv_copier, kv_copy_run
 from kvbm._fast.cuda_device cimport (
     CudaDevice,
@@ -55,8 +56,8 @@ cdef class CudaStaging:
     cdef uint32_t[128] slots       # of its rows
     cdef const Group *group
     cdef kv_cu_stream stream
-    cdef readonly uint64_t calls   # submissions to the driver
-    cdef readonly uint64_t kernels
+    cdef kv_au64 calls             # submissions to the driver
+    cdef kv_au64 kernels
 
     # Copy thread only, without the GIL. The last two return the driver's error number.
     cdef bint wanted(self, const Group *group, bint is_store, const kv_row *rows,

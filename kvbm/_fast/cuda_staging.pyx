@@ -18,6 +18,7 @@ import logging
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
+from kvbm._fast.atomics cimport kv_u64_tally
 from kvbm._fast.copy cimport kv_copier, kv_copy_run, kv_region, slot_piece
 from kvbm._fast.cuda_device cimport (
     KV_CU_MEMORY_DEVICE,
@@ -186,7 +187,7 @@ cdef class CudaStaging:
             error = self.cuda.copy_2d(&copy, self.stream)
             if error != KV_CU_SUCCESS:
                 return error
-            self.calls += 1
+            kv_u64_tally(&self.calls, 1)
             row += n
         return KV_CU_SUCCESS
 
@@ -198,6 +199,6 @@ cdef class CudaStaging:
             return KV_CU_SUCCESS
         error = self.cuda.launch(self.kernel, self.group.ctas, 1, 1, KV_MOVE_THREADS, 1, 1, 0,
                                  self.stream, &parameters, NULL)
-        self.calls += 1
-        self.kernels += 1
+        kv_u64_tally(&self.calls, 1)
+        kv_u64_tally(&self.kernels, 1)
         return error

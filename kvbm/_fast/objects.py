@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening named objects in shared memory: only what belongs to us, whatever stands at the name.
+"""Opening shared files: only what belongs to us, whatever stands at the name.
 
 Anybody may make a file in ``/dev/shm``. A name that somebody else has taken first, a symbolic link,
 a pipe, or an object that others may write would hand them the KV of this engine's requests, or let
@@ -9,6 +9,9 @@ them put their own in its place. So an object is used only if
 * its owner is this process's user, or its group is the one that the settings name
   (``DYN_KVBM_SHM_GROUP``; giving a file to a group takes a member of it);
 * nobody else may write it.
+
+A slab of the disk tier, a file in a folder that others may be able to write to, is opened under the
+same rules.
 
 Who only reads (the viewer, `status` of the controller) may read whatever the system lets it read:
 readers are safe against any content.
@@ -85,15 +88,22 @@ def open_object(
     OSError
         The system's own reason, e.g. a read-only file system.
     """
-    path = object_path(name)
     if name.count("/") != 1:
         raise FileNotFoundError(errno.ENOENT, "there is no such shared memory", name)
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, PRIVATE_MODE)
+        return open_file(object_path(name), name, flags, group=group, trusted=trusted)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "there is no such shared memory", name) from None
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, "this shared memory exists", name) from None
+
+
+def open_file(
+    path: Path, name: str, flags: int, *, group: int | None = None, trusted: bool = True
+) -> int:
+    """Open or make a file under the same rules, wherever it is; errors call it `name`."""
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, PRIVATE_MODE)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
@@ -128,7 +138,7 @@ def _give_to(fd: int, state: os.stat_result, group: int, name: str) -> None:
 def _no_object(state: os.stat_result) -> str | None:
     if stat.S_ISLNK(state.st_mode):
         return "it is a symbolic link"
-    return None if stat.S_ISREG(state.st_mode) else "it is no shared memory"
+    return None if stat.S_ISREG(state.st_mode) else "it is no regular file"
 
 
 def _distrust(state: os.stat_result, group: int | None) -> str | None:

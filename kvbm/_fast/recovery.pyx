@@ -27,6 +27,7 @@ from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
     kv_u32_load_relaxed,
     kv_u32_load_seq_cst,
+    kv_u32_once,
     kv_u32_store_release,
     kv_u32_store_seq_cst,
     kv_u64_cas_acq_rel,
@@ -134,7 +135,7 @@ cdef void drop_line_locks(int fd, Recovery *r) noexcept nogil:
 
 cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
     """Step 2. Blocks of operations that a live worker still runs are protected."""
-    cdef uint32_t leader, index, rank, i
+    cdef uint32_t leader, index, rank, i, block
     cdef kv_operation *op
     cdef uint64_t word
     for leader in range(KV_LEADERS):
@@ -161,8 +162,9 @@ cdef void recover_operations(kv_view *view, Recovery *r) noexcept nogil:
                 operation_recycle(view, op)
             elif (r.busy_leaders >> leader) & 1:
                 for i in range(kv_op_rows(op)):
-                    if op.rows[i].block < view.shape.block_capacity:
-                        r.protected_[op.rows[i].block] = op.rows[i].generation + 1
+                    block = kv_u32_once(&op.rows[i].block)
+                    if block < view.shape.block_capacity:
+                        r.protected_[block] = kv_u32_once(&op.rows[i].generation) + 1
             else:  # nobody runs it: FINISHING when its last worker died
                 operation_recycle(view, op)
 
@@ -195,8 +197,11 @@ cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nog
             return
 
 
-cdef bint nobody_inside(kv_view *view, Recovery *r) noexcept nogil:
-    """[S3] True once every live participant has been seen outside, within a bounded time."""
+cdef bint nobody_inside(kv_view *view, int fd, Recovery *r) noexcept nogil:
+    """[S3] True once every live participant has been seen outside, within a bounded time.
+
+    A line that says `inside` and whose lock can be taken is nobody's: somebody scribbled on it.
+    """
     cdef uint32_t line
     cdef int _spin
     for line in range(KV_PARTICIPANTS):
@@ -207,7 +212,9 @@ cdef bint nobody_inside(kv_view *view, Recovery *r) noexcept nogil:
                 break
             kv_cpu_pause()
         else:
-            return False
+            if not take_line_lock(view, fd, r, line):
+                return False
+            kv_u32_store_release(&view.participants[line].inside, 0)
     return True
 
 
@@ -254,11 +261,11 @@ cdef void rebuild_pool(kv_view *view, Recovery *r, int pool, int tier) noexcept 
         pool_set_word(view, pool, i, bits)
 
 
-cdef bint rebuild(kv_view *view, Recovery *r) noexcept nogil:
+cdef bint rebuild(kv_view *view, int fd, Recovery *r) noexcept nogil:
     """Step 4. True if it could be done."""
     cdef bint alone
     kv_u32_store_seq_cst(&view.header.recovering, 1)  # [S2]
-    alone = nobody_inside(view, r)
+    alone = nobody_inside(view, fd, r)
     if alone:
         recount(view, r)
         rebuild_pool(view, r, KV_POOL_BLOCKS, -1)
@@ -294,7 +301,7 @@ cdef int recover_locked(kv_view *view, int fd, bint always_rebuild, Recovery *r)
     recover_operations(view, r)
     for block in range(view.shape.block_capacity):
         recover_block(view, r, block)
-    if not rebuild(view, r):
+    if not rebuild(view, fd, r):
         return 0  # the dead lines stay marked, so the next recovery finds them and tries again
     kv_count(view, KV_C_RECOVERIES, 1)
     return release_dead_lines(view, r)

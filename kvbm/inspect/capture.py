@@ -11,21 +11,21 @@ A snapshot file is a zip archive: `capture.json` (format, times, locks), `segmen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
-import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvbm._fast.contract import LINES, PAGE_BYTES, RECOVERY_LOCK_OFFSET, line_lock_offset
 from kvbm._fast.locks import held_by_other
-from kvbm._fast.objects import SHARED_MEMORY
+from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
 from kvbm.instance import instances, segment_name
@@ -33,7 +33,6 @@ from kvbm.instance import instances, segment_name
 SNAPSHOT_FORMAT = 1
 SLOT_HEADER_BYTES = 64
 READ_BYTES = 1 << 24
-SEGMENT_BYTES_MAX = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,46 @@ def capture(source: str, slot_headers: bool = False) -> Capture:
         raise InspectError(f"{source}: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[int]:
+    """Descriptor of an object in shared memory for reading, whoever owns it.
+
+    Raises
+    ------
+    InspectError
+        It is no regular file, or another user's.
+    FileNotFoundError
+        There is none.
+    """
+    try:
+        fd = open_object(name, os.O_RDONLY, trusted=False)
+    except PermissionError as error:
+        raise InspectError(f"{object_path(name)}: {error.strerror}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _there(state: os.stat_result) -> int:
+    """Bytes of an object that are worth reading: one with holes is not read to its end.
+
+    A creator leaves no holes; an object may have any length without taking any memory.
+    """
+    return min(state.st_size, state.st_blocks * 512)
+
+
 def _read_all(path: Path) -> bytes:
     with open(path, "rb", buffering=0) as file:
-        return _read(file.fileno(), os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        _check_room(size, path)
+        return _read(file.fileno(), size)
+
+
+def _check_room(size: int, path: Path) -> None:
+    """Refuse what this machine's memory cannot hold, before the system ends somebody for it."""
+    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+        raise InspectError(f"{path} does not fit into memory")
 
 
 def _read(fd: int, count: int) -> bytes:
@@ -174,15 +210,11 @@ def _live(instance: str, slot_headers: bool) -> Capture:
             objects[name] = (SHARED_MEMORY / name.lstrip("/")).stat().st_size
         except FileNotFoundError:
             continue
-    path = SHARED_MEMORY / segment_name(instance).lstrip("/")
-    with open(path, "rb", buffering=0) as file:
-        fd = file.fileno()
+    with opened(segment_name(instance)) as fd:
         state = os.fstat(fd)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > SEGMENT_BYTES_MAX:
-            raise InspectError(f"{path} is not a segment")
         locks = Locks.of(fd)
         realtime_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-        data = _read(fd, state.st_size)
+        data = _read(fd, _there(state))
     return Capture(
         instance,
         "live",
@@ -209,8 +241,8 @@ def owner_name(uid: int) -> str:
 def _slots(data: bytes) -> int:
     from kvbm.inspect.decode import shape_of
 
-    shape = shape_of(data)
-    return 0 if shape is None else shape.host_slots
+    shape = shape_of(data)  # a slot has a block, whose record is as long as a slot's header
+    return 0 if shape is None else min(shape.host_slots, len(data) // SLOT_HEADER_BYTES)
 
 
 def _arena_heads(instance: str, objects: Mapping[str, int], slots: int) -> dict[int, bytes]:
@@ -221,8 +253,9 @@ def _arena_heads(instance: str, objects: Mapping[str, int], slots: int) -> dict[
         if not middle.endswith(f"{instance}.host") or not rank.isdigit():
             continue
         try:
-            with open(SHARED_MEMORY / name.lstrip("/"), "rb", buffering=0) as file:
-                heads[int(rank)] = _read(file.fileno(), PAGE_BYTES + slots * SLOT_HEADER_BYTES)
+            with opened(name) as fd:
+                size = min(PAGE_BYTES + slots * SLOT_HEADER_BYTES, _there(os.fstat(fd)))
+                heads[int(rank)] = _read(fd, size)
         except OSError:
             continue
     return heads
@@ -268,6 +301,7 @@ def write_snapshot(taken: Capture, path: Path) -> None:
 def _from_snapshot(path: Path) -> Capture:
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_room(sum(member.file_size for member in archive.infolist()), path)
             about = json.loads(archive.read("capture.json"))
             if about.get("format") != SNAPSHOT_FORMAT:
                 raise InspectError(

@@ -20,6 +20,7 @@ from kvbm._fast import contract
 from kvbm._fast.contract import Section
 from kvbm._fast.segment import COUNTER_NAMES, Shape
 from kvbm.inspect.capture import Capture
+from kvbm.instance import segment_name
 from kvbm.tiers.host import ArenaHeader
 from kvbm.transfer.arena_layout import SLOT_HEADER
 
@@ -176,6 +177,9 @@ class Segment:
             self.damage.append(f"its header has impossible sizes: {shape}")
             return contract.fixed_sections()
         self.shape = shape
+        length = self.capture.objects.get(segment_name(self.capture.source), len(data))
+        if self.capture.kind == "live" and length > len(data):
+            self.damage.append(f"it has holes: {len(data)} of {length} bytes are there")
         if end != len(data) or end != int(header["total_bytes"]):
             self.damage.append(
                 f"it has {len(data)} bytes; its header says {int(header['total_bytes'])}, "

@@ -14,13 +14,8 @@ from typing import NamedTuple
 from kvbm._fast.locks import held_by_other
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
-from kvbm.instance import (
-    SHARED_MEMORY,
-    instances,
-    is_private,
-    remove_if_unused,
-    reserved_bytes,
-)
+from kvbm.inspect.capture import opened
+from kvbm.instance import instances, is_private, remove_if_unused, reserved_bytes
 
 
 class Leftover(NamedTuple):
@@ -35,12 +30,12 @@ def in_use(names: list[str]) -> bool:
     """Whether somebody has one of these objects open, or it cannot be asked."""
     for name in names:
         try:
-            with open(SHARED_MEMORY / name.lstrip("/"), "rb", buffering=0) as file:
-                if held_by_other(file.fileno(), LOCK_USERS_OFFSET):
+            with opened(name) as fd:
+                if held_by_other(fd, LOCK_USERS_OFFSET):
                     return True
         except FileNotFoundError:
             continue
-        except OSError:
+        except (OSError, InspectError):
             return True
     return False
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvbm._fast import contract
 from kvbm._fast.contract import Section
-from kvbm._fast.objects import SHARED_MEMORY
+from kvbm._fast.objects import object_path, open_object
 from kvbm._fast.segment import COUNTER_NAMES, Shape
 from kvbm.errors import InspectError
 from kvbm.inspect.capture import Locks
@@ -78,11 +78,11 @@ class LiveSegment:
         self.swept = Sweep()
         self._found = Sweep()
         self._at = 0
-        path = SHARED_MEMORY / segment_name(instance).lstrip("/")
+        name = segment_name(instance)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_object(name, os.O_RDONLY, trusted=False)
         except OSError as error:
-            raise InspectError(f"{path}: {error.strerror}") from None
+            raise InspectError(f"{object_path(name)}: {error.strerror}") from None
         self._map: mmap.mmap | None = None
         try:
             self._open()
@@ -91,11 +91,14 @@ class LiveSegment:
             raise
 
     def _open(self) -> None:
-        size = os.fstat(self._fd).st_size
+        state = os.fstat(self._fd)
+        size = state.st_size
         shape = shape_of(os.pread(self._fd, contract.PAGE_BYTES, 0))
         sections = {} if shape is None else contract.sections(shape)
         if shape is None or not sections or sections["end"].offset != size:
             raise InspectError(f"{self.instance} cannot be followed: its header is damaged")
+        if state.st_blocks * 512 < size:  # or reading it would fill the machine's memory
+            raise InspectError(f"{self.instance} cannot be followed: it has holes")
         self._map = mmap.mmap(self._fd, size, access=mmap.ACCESS_READ)
         self.shape: Shape = shape
         self._sections = sections

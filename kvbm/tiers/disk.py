@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvbm._fast.locks import try_lock
+from kvbm._fast.objects import open_file
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm._fast.slab import SLAB_HEADER, allocate_file, valid_headers
 from kvbm.errors import SlabError
@@ -191,17 +192,14 @@ class SlabFiles:
         Open the file so, for file systems that ignore the later change.
     zerofill : bool
         Write zeros where the file system cannot reserve.
-    mode : int
-        Permission bits.
     group : int or None
-        Group that is to own the file.
+        Group id whose members may use it, too.
     """
 
     folder: Path
     direct: bool = True
     open_direct: bool = False
     zerofill: bool = False
-    mode: int = 0o600
     group: int | None = None
 
 
@@ -298,7 +296,7 @@ class Slab:
         """Open a file that is gone when its last user is, also after a kill."""
         folder = self._files.folder
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, self._files.mode)
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise
@@ -310,13 +308,8 @@ class Slab:
         """Open or make the file, and take a user's lock; wait while somebody reserves it."""
         assert self.path is not None
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._files.mode)
-            state = os.fstat(fd)
-            if try_lock(fd, LOCK_USERS_OFFSET, exclusive=False) and state.st_nlink > 0:
-                if state.st_uid == os.geteuid():
-                    os.fchmod(fd, self._files.mode)
-                    if self._files.group is not None:
-                        os.fchown(fd, -1, self._files.group)
+            fd = _open(self.path, os.O_RDWR | os.O_CREAT, self._files.group)
+            if try_lock(fd, LOCK_USERS_OFFSET, exclusive=False) and os.fstat(fd).st_nlink > 0:
                 return fd
             os.close(fd)
             if self._stopping():
@@ -416,7 +409,12 @@ class Slab:
         self.data_fd = self.table_fd = -1
 
 
-def read_slab(path: Path) -> tuple[Superblock, NDArray[Any]] | None:
+def _open(path: Path, flags: int, group: int | None) -> int:
+    """Open a named slab: only what is ours (kvbm/_fast/objects.py)."""
+    return open_file(path, str(path), flags, group=group)
+
+
+def read_slab(path: Path, group: int | None = None) -> tuple[Superblock, NDArray[Any]] | None:
     """Superblock of a slab and the headers of the slots that hold a block; None if it is not one.
 
     The headers are an array of `kvbm._fast.slab.SLAB_HEADER`, in slot order. What they say was true
@@ -425,10 +423,10 @@ def read_slab(path: Path) -> tuple[Superblock, NDArray[Any]] | None:
     Raises
     ------
     SlabError
-        The file cannot be read.
+        The file cannot be read, or it is not ours.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with os.fdopen(_open(path, os.O_RDONLY, group), "rb", buffering=0) as file:
             found = Superblock.unpack(file.read(PAGE_BYTES) or b"")
             if found is None or os.fstat(file.fileno()).st_size != found.layout.total_bytes:
                 return None
@@ -458,9 +456,9 @@ def _scan(fd: int, superblock: Superblock) -> NDArray[Any]:
     return np.concatenate(pieces)
 
 
-def raise_slab_epoch(path: Path, epoch: int) -> None:
+def raise_slab_epoch(path: Path, epoch: int, group: int | None = None) -> None:
     """Move a slab's key epoch on: what was written before is not found after a restart either."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = _open(path, os.O_RDWR, group)
     try:
         found = Superblock.unpack(os.pread(fd, PAGE_BYTES, 0))
         if found is not None and found.epoch < epoch:

@@ -199,7 +199,7 @@ def test_what_is_no_file_is_refused_at_once(name: str, kind: str, flags: int) ->
     else:
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(str(path))
-    assert refusal(name, flags) == "it is no shared memory"
+    assert refusal(name, flags) == "it is no regular file"
     assert path.exists()
 
 

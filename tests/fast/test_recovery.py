@@ -17,8 +17,8 @@ from tests.fast.actors import (
     hold_submitted_operations,
     hold_worker_line,
 )
-from tests.fast.instances import Instance, block_of, digests
-from tests.fast.raw_segment import FREE, PARTIAL, REGISTERED, RESET
+from tests.fast.instances import Instance, block_of, cache, digests
+from tests.fast.raw_segment import FREE, LINES, PARTIAL, REGISTERED, RESET
 
 MakeInstance = Callable[..., Instance]
 
@@ -166,3 +166,33 @@ def test_a_recovery_flag_left_by_a_dead_recoverer_is_cleared(one: Instance) -> N
     held = table.reserve(Keys(digests(1)), 0, 1)
     assert len(held) == 1
     table.abandon_reserved([ref for ref, _ in held])
+
+
+@pytest.mark.parametrize("role", [0, 7])
+def test_lines_that_nobody_has_locked_keep_no_recovery_from_its_end(
+    make_instance: MakeInstance, role: int
+) -> None:
+    one = make_instance(host_slots=16)
+    keys = Keys(digests(4))
+    cache(one.leader(), keys)
+    with one.writable() as raw:
+        for line in range(1, LINES):
+            raw.put_u32(raw.line_at(line), 0xFFFFFFFF)  # inside
+            raw.put_u32(raw.line_at(line) + 4, role)
+        raw.put_u64(raw.at["pool 0"], 0)
+    assert recover(one.attach(), rebuild=True) == (0 if role == 0 else LINES - 1)
+    assert len(one.raw.free(0)) == 12
+    assert not any(one.raw.u32(one.raw.line_at(line)) for line in range(LINES))
+
+
+def test_a_line_that_somebody_has_locked_does(make_instance: MakeInstance) -> None:
+    one = make_instance(host_slots=16)
+    one.leader()
+    with one.writable() as raw:
+        raw.put_u32(raw.line_at(0), 1)
+        raw.put_u64(raw.at["pool 0"], 0)
+        recover(one.attach(), rebuild=True)
+        assert one.raw.free(0) == set()
+        raw.put_u32(raw.line_at(0), 0)
+        recover(one.attach(), rebuild=True)
+    assert len(one.raw.free(0)) == 16

@@ -74,7 +74,7 @@ def test_an_object_that_lost_its_name_is_noticed() -> None:
         one.remove()
         assert not live.is_current
         assert live.pools()["host"] == (0, 8)  # what it had can still be read
-    with pytest.raises(InspectError, match="No such file"):
+    with pytest.raises(InspectError, match="there is no such shared memory"):
         LiveSegment("no-such-instance")
 
 

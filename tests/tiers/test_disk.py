@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -325,9 +326,71 @@ def test_what_is_no_slab_is_none(tmp_path: Path) -> None:
     assert read_slab(tmp_path / "cut") is None
 
 
-def test_a_slab_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SlabError, match="directory"):
-        read_slab(tmp_path)
+# ---- whose it is ---------------------------------------------------------------------------------
+def plant(path: Path, kind: str) -> None:
+    """Put something that is not ours, or no file, where a slab is to be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":  # opening it would wait for somebody at its other end
+        os.mkfifo(path)
+    elif kind == "link":
+        (path.parent / "target").write_bytes(WANTED.pack())
+        path.symlink_to(path.parent / "target")
+    else:
+        path.write_bytes(WANTED.pack())
+        if kind == "stranger":
+            os.chown(path, 65534, 65534)
+        path.chmod(0o666 if kind == "everybody" else 0o600)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("folder", "it is no regular file"),
+        ("pipe", "it is no regular file"),
+        ("link", "it is a symbolic link"),
+        ("everybody", "its mode 666 lets everybody write"),
+        pytest.param(
+            "stranger",
+            "it belongs to user 65534",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away"),
+        ),
+    ],
+)
+def test_what_is_not_ours_is_neither_used_nor_changed(
+    files: SlabFiles, kind: str, reason: str
+) -> None:
+    path = slab_path(files.folder, "disk", 0)
+    plant(path, kind)
+    before = path.lstat()
+    for use in (
+        lambda: Slab(files, WANTED, "disk"),
+        lambda: read_slab(path),
+        lambda: raise_slab_epoch(path, 5),
+    ):
+        with pytest.raises((SlabError, PermissionError), match=reason):
+            use()
+    after = path.lstat()
+    assert (after.st_mode, after.st_size, after.st_mtime_ns) == (
+        before.st_mode,
+        before.st_size,
+        before.st_mtime_ns,
+    )
+    if kind == "link":
+        assert (path.parent / "target").read_bytes() == WANTED.pack()
+
+
+def test_with_a_group_a_slab_is_the_groups_too(files: SlabFiles) -> None:
+    shared = replace(files, group=os.getegid())
+    one = Slab(shared, WANTED, "disk")
+    assert one.path is not None
+    state = one.path.stat()
+    assert (stat.S_IMODE(state.st_mode), state.st_gid) == (0o660, os.getegid())
+    one.close()
+    assert read_slab(one.path, os.getegid()) is not None
+    with pytest.raises(SlabError, match="which DYN_KVBM_SHM_GROUP does not name"):
+        read_slab(one.path)
 
 
 def test_an_epoch_only_grows(slab: Slab) -> None:
