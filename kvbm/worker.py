@@ -35,7 +35,7 @@ from kvbm.tiers.host import PAGE_BYTES, ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.backends import Device, RankCopies
 from kvbm.transfer.geometry import KvGeometry
-from kvbm.worker_disk import DiskPlace, WorkerDisk, slab_files
+from kvbm.worker_disk import DiskPlace, WorkerDisk, nixl_backends, slab_files
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ class Worker:
     GeometryError
         The groups have blocks of different shapes.
     ConfigError
-        Shared memory has no room for the host tier, or may not be written.
+        Shared memory has no room for the host tier, or may not be written; NIXL is wanted, but not
+        installed.
     SegmentInUse
         Another engine uses the same arena.
     """
@@ -111,6 +112,7 @@ class Worker:
         self.geometries = list(geometries)
         self._keep_alive = keep_alive
         self._device = device or Device()
+        self._nixl_backends = nixl_backends(settings)
         self._check_room()
         self.arena = HostArena(
             place.instance,
@@ -255,7 +257,9 @@ class Worker:
             self.geometries[0].bytes_per_block,
         )
         copiers = self._rank_copies.copiers
-        self._disk = WorkerDisk(slab_files(self.settings), place, segment, copiers, loop)
+        self._disk = WorkerDisk(
+            slab_files(self.settings), place, segment, copiers, loop, self._nixl_backends
+        )
 
     def _tell_loop(self) -> None:
         """Pass on the steps that arrived before the loop was there; under the lock."""

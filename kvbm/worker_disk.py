@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker side of the disk tier: open this rank's slab and run the threads that move its bytes.
 
+They move them with plain reads and writes, or with NIXL where the settings name one of its backends
+and that works on this slab.
+
 The slab is opened by a thread of its own, because reserving it may take long (zeros that have to be
 written). Until it is there the worker's loop has no disk, and the leader uses none.
 """
@@ -10,22 +13,27 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbm._fast.copy import HostCopier
-from kvbm._fast.disk_backend import PROBLEMS, DiskBackend
+from kvbm._fast.disk_backend import PROBLEMS
+from kvbm._fast.disk_batches import DiskBatches
 from kvbm._fast.participants import set_disk_slots
 from kvbm._fast.segment import Segment
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.config import Settings
 from kvbm.errors import SlabError
 from kvbm.tiers.disk import Slab, SlabFiles, Superblock
+from kvbm.transfer.nixl import NixlMover, nixl_library, usable_backend
 
 logger = logging.getLogger(__name__)
 
 IO_THREADS = 8
 """Reads or writes under way; enough for one fast device, whatever the size of a block."""
+
+NIXL_THREADS = 4
+"""Operations under way with NIXL: as many as the backend takes."""
 
 END_SECS = 3.0
 """How long reads and writes under way may take to end when the worker closes."""
@@ -43,6 +51,26 @@ def slab_files(settings: Settings) -> SlabFiles:
         zerofill=settings.disk_zerofill_fallback,
         group=settings.shm_group,
     )
+
+
+def nixl_backends(settings: Settings) -> tuple[str, ...]:
+    """NIXL's backends that a disk tier is to try; none without a disk tier.
+
+    Raises
+    ------
+    ConfigError
+        One is wanted, but NIXL is not installed.
+    """
+    wanted = {
+        "POSIX": settings.nixl_backend_posix,
+        "GDS": settings.nixl_backend_gds,
+        "GDS_MT": settings.nixl_backend_gds_mt,
+    }
+    names = tuple(name for name, on in wanted.items() if on)
+    if not names or not (settings.disk_cache_gb or settings.disk_cache_override_num_blocks):
+        return ()
+    nixl_library()
+    return names
 
 
 @dataclass(frozen=True)
@@ -78,6 +106,8 @@ class WorkerDisk:
         Where the host slots are.
     loop : WorkerLoop
         What gets the disk once it is there.
+    backends : sequence of str
+        NIXL's backends to try, see `nixl_backends`.
     """
 
     def __init__(
@@ -87,7 +117,9 @@ class WorkerDisk:
         segment: Segment,
         copiers: Sequence[HostCopier],
         loop: WorkerLoop,
+        backends: Sequence[str] = (),
     ) -> None:
+        self._backends = backends
         self._files = files
         self._place = place
         self._segment = segment
@@ -95,7 +127,8 @@ class WorkerDisk:
         self._loop = loop
         self._closing = threading.Event()
         self._slab: Slab | None = None
-        self._backend: DiskBackend | None = None
+        self._backend: DiskBatches | None = None
+        self._movers: list[NixlMover] = []
         self._problems = 0
         self._told_at = 0.0
         self._threads = [
@@ -119,7 +152,7 @@ class WorkerDisk:
             place.rank, place.ranks, slots, place.block_bytes, self._segment.fingerprint
         )
         self._slab = Slab(self._files, wanted, place.instance, self._closing.is_set)
-        self._backend = DiskBackend(
+        self._backend = DiskBatches(
             self._segment,
             self._copiers,
             data_fd=self._slab.data_fd,
@@ -129,9 +162,9 @@ class WorkerDisk:
             durable=self._slab.durable,
             alignment=self._slab.alignment,
         )
-        for number in range(IO_THREADS):
+        for number, serve in enumerate(self._servers(self._backend, self._slab)):
             name = f"kvbm-disk-{place.rank}-{number}"
-            thread = threading.Thread(target=self._backend.serve, name=name, daemon=True)
+            thread = threading.Thread(target=serve, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
         logger.info(
@@ -148,6 +181,19 @@ class WorkerDisk:
         if not self._closing.is_set():
             self._loop.use_disk(self._backend)
             set_disk_slots(self._segment, slots)
+
+    def _servers(self, batches: DiskBatches, slab: Slab) -> list[Callable[[], None]]:
+        """What the threads do: with NIXL if that is wanted and works, else plainly."""
+        if self._backends:
+            library = nixl_library()
+            kind = usable_backend(library, self._backends, slab)
+            if kind is not None:
+                movers = [NixlMover(library, kind, batches, slab) for _ in range(NIXL_THREADS)]
+                logger.info("rank %d: the disk tier uses NIXL %s", self._place.rank, kind)
+                self._movers = movers
+                return [mover.serve for mover in movers]
+            logger.error("rank %d: the disk tier goes on without NIXL", self._place.rank)
+        return [batches.serve] * IO_THREADS
 
     def report(self) -> None:
         """Log what has failed since the last time; called now and then."""
@@ -185,6 +231,8 @@ class WorkerDisk:
         if hanging:
             logger.error("%s hang on the disk; their memory stays mapped", ", ".join(hanging))
             return False
+        while self._movers:
+            self._movers.pop().close()
         self._backend = None
         self._copiers = []
         if self._slab is not None:

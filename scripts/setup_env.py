@@ -48,6 +48,9 @@ TORCH = "torch==2.13.0"
 # on its own), or needs them for audio, images and its own build only.
 VLLM_SKIPPED = frozenset({"torch", "torchaudio", "torchvision", "torchcodec", "setuptools"})
 
+# One of its two CUDA builds, which needs no CUDA; by name the other one would come as well.
+NIXL = "nixl-cu13==1.5.1"
+
 NO_NETWORK = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ProxyError|Network is unreachable"
     r"|from versions: none"
@@ -241,6 +244,19 @@ def name_vllm(env: Environment) -> None:
     (target / "RECORD").write_text("".join(f"{target.name}/{name},,\n" for name in names))
 
 
+def install_nixl(env: Environment) -> None:
+    """Install NIXL; where there is none for this Python or machine, its tests are skipped."""
+    try:
+        env.step(
+            "nixl",
+            digest([NIXL]),
+            f"installing {NIXL}",
+            lambda: env.pip("install", "--no-deps", NIXL),
+        )
+    except SetupError:
+        say(f"{NIXL} cannot be installed: the tests of it are skipped")
+
+
 def link_interpreter_packages(env: Environment) -> None:
     """Let the environment see the packages of the calling interpreter, after its own."""
     folders = [*site.getsitepackages(), *([site.getusersitepackages()] if not in_venv() else [])]
@@ -326,6 +342,8 @@ def set_up(path: Path, with_vllm: bool, with_interpreter_packages: bool) -> None
         if with_vllm and not has_vllm:
             install_vllm_wheel(env)
         install_kvbm(env)
+        if with_vllm:
+            install_nixl(env)
 
 
 def main(arguments: list[str] | None = None) -> int:

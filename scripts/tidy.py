@@ -40,6 +40,7 @@ ABOUT = {
     "msgspec": ("msgspec", "zmq"),
     "nixl": ("nixl",),
     "nixl_cu12": ("nixl",),
+    "nixl_cu13": ("nixl",),
     "pyetcd": ("etcd",),
     "sglang": ("sglang",),
     "tensorrt_llm": ("trtllm",),

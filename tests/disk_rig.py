@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbm._fast.disk_backend import DiskBackend
+from kvbm._fast.disk_batches import DiskBatches
 from kvbm._fast.keys import Keys
 from kvbm.tiers.disk import Slab, SlabFiles, Superblock
 from tests.copy_rig import CHUNK, LAYERS, HostMemory, Rig
@@ -19,6 +19,8 @@ from tests.fast.instances import Instance
 DISK_SLOTS = 24
 THREADS = 3
 FINGERPRINT = b"disk rig".ljust(32, b".")
+
+Servers = Callable[[DiskBatches, Slab], list[Callable[[], None]]]
 
 _Transfer = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t,
@@ -88,6 +90,10 @@ class DiskRig(Rig):
         Name of the slab's instance; None for one without a name.
     alignment
         What the backend takes as the file's alignment; the slab's own by default.
+    servers
+        Makes what the threads do; plain reads and writes by default.
+    memory
+        The KV cache.
     """
 
     def __init__(
@@ -99,12 +105,14 @@ class DiskRig(Rig):
         alignment: int | None = None,
         direct: bool = True,
         slots: int = DISK_SLOTS,
+        servers: Servers | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
-        super().__init__(instance, HostMemory())
+        super().__init__(instance, memory or HostMemory())
         wanted = Superblock(0, 1, slots, LAYERS * CHUNK, FINGERPRINT)
         self.slab = Slab(SlabFiles(folder, direct=direct), wanted, name)
         self.calls = Calls()
-        self.disk = DiskBackend(
+        self.disk = DiskBatches(
             self.loop.segment,
             self.copies.copiers,
             data_fd=self.slab.data_fd,
@@ -116,9 +124,10 @@ class DiskRig(Rig):
             calls=self.calls.addresses,
         )
         self.loop.use_disk(self.disk)
+        serves = [self.disk.serve] * THREADS if servers is None else servers(self.disk, self.slab)
         self.threads = [
-            threading.Thread(target=self.disk.serve, name=f"kvbm-test-disk-{i}", daemon=True)
-            for i in range(THREADS)
+            threading.Thread(target=serve, name=f"kvbm-test-disk-{i}", daemon=True)
+            for i, serve in enumerate(serves)
         ]
         for thread in self.threads:
             thread.start()

@@ -14,7 +14,7 @@ import pytest
 
 import kvbm.disk_tier
 import kvbm.worker_disk
-from kvbm._fast.disk_backend import DiskBackend
+from kvbm._fast.disk_batches import DiskBatches
 from kvbm._fast.keys import Keys
 from kvbm._fast.segment import Segment
 from kvbm._fast.slab import SLAB_HEADER
@@ -147,8 +147,8 @@ def test_reads_of_a_chain_may_end_in_any_order(
 ) -> None:
     calls, gate = Calls(), threading.Event()
     monkeypatch.setattr(kvbm.disk_tier, "BATCH_BLOCKS", 2)
-    with_calls = functools.partial(DiskBackend, calls=calls.addresses)
-    monkeypatch.setattr(kvbm.worker_disk, "DiskBackend", with_calls)
+    with_calls = functools.partial(DiskBatches, calls=calls.addresses)
+    monkeypatch.setattr(kvbm.worker_disk, "DiskBatches", with_calls)
     engine = make_engine()
     spill(engine, value=3)
     own = tier(engine)

@@ -164,3 +164,18 @@ def test_an_error_is_one_message_and_status_1(
     assert setup_env.main([]) == 1
     assert str(tmp_path) in capsys.readouterr().err
     tmp_path.with_name(tmp_path.name + ".lock").unlink()
+
+
+def test_an_environment_without_nixl_is_complete(
+    env: Environment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(*_: str) -> None:
+        raise SetupError("no such version")
+
+    monkeypatch.setattr(env, "pip", refusing)
+    setup_env.install_nixl(env)
+    assert "skipped" in capsys.readouterr().out
+    assert not (env.stamps / "nixl").exists()
+    monkeypatch.setattr(env, "pip", lambda *_: None)
+    setup_env.install_nixl(env)
+    assert (env.stamps / "nixl").exists()

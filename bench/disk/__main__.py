@@ -29,10 +29,20 @@ from rich.progress import track
 from bench.disk.plain import FIO_ENGINES, PlainDisk, fio
 from bench.disk.reopen import reopen
 from bench.disk.rig import BATCH_BLOCKS, DiskRig
+from kvbm.errors import ConfigError
+from kvbm.transfer.nixl import nixl_library
 
 KIB = 1024
 SHAPES = ((2048, 1), (2048, 32), (256, 1), (64, 1))
 """KiB of a block, and in how many pieces it lies in the host tier."""
+
+WAYS = {
+    "kvbm": (False, None),
+    "kvbm, named": (True, None),
+    "kvbm, NIXL libaio": (False, {"use_aio": "true"}),
+    "kvbm, NIXL io_uring": (False, {"use_uring": "true"}),
+}
+"""Whether the cache is named, and parameters of NIXL's POSIX backend where that moves the bytes."""
 
 
 class Meter:
@@ -73,6 +83,15 @@ def bytes_written() -> int:
     return 0
 
 
+def nixl_is_there() -> bool:
+    """Whether NIXL is installed."""
+    try:
+        nixl_library()
+    except ConfigError:
+        return False
+    return True
+
+
 def print_row(cells: Sequence[str]) -> None:
     """One line of a Markdown table."""
     print("| " + " | ".join(cells) + " |", flush=True)
@@ -105,12 +124,16 @@ def compare(options: argparse.Namespace, kib: int, pieces: int, progress: Consol
     blocks = max(options.mib * KIB // kib // BATCH_BLOCKS, 1) * BATCH_BLOCKS
     folder: Path = options.folder
     label = f"{kib} KiB" + (f" in {pieces} pieces" if pieces > 1 else "")
-    for named in (False, True):
+    for way, (named, nixl) in WAYS.items():
+        if nixl is not None and not options.nixl:
+            continue
         with closing(
-            DiskRig(folder, blocks, block_bytes, pieces, threads=options.depth, named=named)
+            DiskRig(
+                folder, blocks, block_bytes, pieces, threads=options.depth, named=named, nixl=nixl
+            )
         ) as rig:
             for what, meters in measured(rig, named, options, label, progress).items():
-                for name, meter in zip(("plain", "kvbm"), meters, strict=True):
+                for name, meter in zip(("plain", way), meters, strict=True):
                     print_row([label, what, name, *meter.row(meters[0], blocks, block_bytes)])
     if pieces == 1 and options.fio:
         for kind in ("read", "write"):
@@ -129,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=8, help="reads or writes under way")
     parser.add_argument("--kib", type=int, nargs="*", help="only these sizes of a block")
     parser.add_argument("--fio", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--nixl", action=argparse.BooleanOptionalAction, default=nixl_is_there())
     parser.add_argument("--terabytes", type=float, default=1.0, help="of the slab to reopen")
     options = parser.parse_args(arguments)
     progress = Console(stderr=True)

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import posix_ipc
 
 from bench.segments import hashes
 from kvbm._fast.copy import HostCopier
-from kvbm._fast.disk_backend import DiskBackend
+from kvbm._fast.disk_batches import DiskBatches
 from kvbm._fast.host_backend import HostBackend
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
@@ -24,6 +25,8 @@ from kvbm._fast.segment import Segment, shape_for
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.tiers.disk import Slab, SlabFiles, Superblock
 from kvbm.transfer.arena_layout import ArenaLayout
+from kvbm.transfer.nixl import NixlMover, nixl_library
+from kvbm.worker_disk import NIXL_THREADS
 
 __all__ = ["BATCH_BLOCKS", "DiskRig"]
 
@@ -72,6 +75,8 @@ class DiskRig:
         Threads that read and write.
     named : bool
         The slab outlives its process: it is synced.
+    nixl : mapping of str to str, or None
+        Move with NIXL's POSIX backend, with these parameters of it.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class DiskRig:
         *,
         threads: int = 8,
         named: bool = False,
+        nixl: Mapping[str, str] | None = None,
     ) -> None:
         self.name = f"/kvbm-bench-disk-{os.getpid()}-{next(_numbers)}"
         self.blocks = blocks
@@ -101,7 +107,7 @@ class DiskRig:
         superblock = Superblock(0, 1, 4 * blocks, block_bytes, bytes(32))
         name = self.name.removeprefix("/kvbm-") if named else None
         self.slab = Slab(SlabFiles(folder), superblock, name)
-        self._backend = DiskBackend(
+        self._backend = DiskBatches(
             self._worker,
             [self._copier],
             data_fd=self.slab.data_fd,
@@ -112,9 +118,16 @@ class DiskRig:
             alignment=self.slab.alignment,
         )
         self._loop.use_disk(self._backend)
-        self._threads = [
-            threading.Thread(target=self._backend.serve, daemon=True) for _ in range(threads)
-        ]
+        servers = [self._backend.serve] * threads
+        self._movers: list[NixlMover] = []
+        if nixl is not None:
+            library = nixl_library()
+            self._movers = [
+                NixlMover(library, "POSIX", self._backend, self.slab, nixl)
+                for _ in range(NIXL_THREADS)
+            ]
+            servers = [mover.serve for mover in self._movers]
+        self._threads = [threading.Thread(target=serve, daemon=True) for serve in servers]
         self._threads.append(threading.Thread(target=self._loop.run, daemon=True))
         for thread in self._threads:
             thread.start()
@@ -201,6 +214,8 @@ class DiskRig:
         self._backend.stop()
         for thread in self._threads:
             thread.join(timeout=30)
+        while self._movers:
+            self._movers.pop().close()
         del self._loop, self._backend, self._copier
         self.memory.release()
         self._arena.close()

@@ -14,6 +14,14 @@ cdef extern from "slab.h" nogil:
         pass
     ctypedef struct pthread_cond_t:
         pass
+    int pthread_mutex_init(pthread_mutex_t *lock, void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *lock)
+    int pthread_mutex_lock(pthread_mutex_t *lock)
+    int pthread_mutex_unlock(pthread_mutex_t *lock)
+    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
+    int pthread_cond_destroy(pthread_cond_t *condition)
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *lock)
+    int pthread_cond_broadcast(pthread_cond_t *condition)
 
 
 cdef enum JobPhase:
@@ -61,10 +69,12 @@ cdef class DiskBackend(CopyBackend):
 
     cdef void serve_jobs(self) noexcept nogil
     cdef bint do_something(self, Workspace *space) noexcept nogil
+    cdef void begin(self, Job *job) noexcept nogil
     cdef Job *next_job(self) noexcept nogil
     cdef Job *oldest(self, uint32_t first, uint32_t end) noexcept nogil
     cdef void settle(self, Job *job) noexcept nogil
     cdef void note_problem(self, Job *job, uint32_t row, int problem) noexcept nogil
     cdef int prepare(self, Job *job) noexcept nogil
     cdef int conclude(self, Job *job) noexcept nogil
+    cdef int may_move(self, Job *job, uint32_t number) noexcept nogil
     cdef int move_row(self, Job *job, uint32_t row, Workspace *space) noexcept nogil

@@ -58,17 +58,6 @@ from kvbm._fast.slab cimport (
 )
 
 
-cdef extern from "slab.h" nogil:
-    int pthread_mutex_init(pthread_mutex_t *lock, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *lock)
-    int pthread_mutex_lock(pthread_mutex_t *lock)
-    int pthread_mutex_unlock(pthread_mutex_t *lock)
-    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
-    int pthread_cond_destroy(pthread_cond_t *condition)
-    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *lock)
-    int pthread_cond_broadcast(pthread_cond_t *condition)
-
-
 cdef enum:
     PAGE = 4096
     DEPTH = 4                    # operations of one kind under way
@@ -283,14 +272,7 @@ cdef class DiskBackend(CopyBackend):
         if job == NULL:
             return False
         if job.phase == JOB_BEGIN:
-            job.phase = JOB_PREPARING
-            pthread_mutex_unlock(&self.lock)
-            problem = self.prepare(job)
-            pthread_mutex_lock(&self.lock)
-            job.phase = JOB_ROWS
-            if problem != DISK_FINE:
-                self.note_problem(job, 0, problem)
-            pthread_cond_broadcast(&self.work)
+            self.begin(job)
         else:
             row = job.next_row
             job.next_row += 1
@@ -303,6 +285,18 @@ cdef class DiskBackend(CopyBackend):
                 self.note_problem(job, row, problem)
         self.settle(job)
         return True
+
+    cdef void begin(self, Job *job) noexcept nogil:
+        """Prepare a job's slots; the lock is held at both ends."""
+        cdef int problem
+        job.phase = JOB_PREPARING
+        pthread_mutex_unlock(&self.lock)
+        problem = self.prepare(job)
+        pthread_mutex_lock(&self.lock)
+        job.phase = JOB_ROWS
+        if problem != DISK_FINE:
+            self.note_problem(job, 0, problem)
+        pthread_cond_broadcast(&self.work)
 
     cdef void note_problem(self, Job *job, uint32_t row, int problem) noexcept nogil:
         if job.problem == DISK_FINE or row < job.failed_row:
@@ -375,13 +369,20 @@ cdef class DiskBackend(CopyBackend):
                 return problem
         return DISK_FINE
 
+    cdef int may_move(self, Job *job, uint32_t number) noexcept nogil:
+        if job.should_stop != NULL and job.should_stop(job.context):
+            return DISK_STOPPED
+        if (job.rows[number].slot
+                >= kv_u32_load_acquire(&self.groups[job.group].arena.usable_slots)):
+            return DISK_BAD_SOURCE
+        return DISK_FINE
+
     cdef int move_row(self, Job *job, uint32_t number, Workspace *space) noexcept nogil:
         cdef const kv_copier *copier = self.groups[job.group]
         cdef DiskRow *row = &job.rows[number]
-        if job.should_stop != NULL and job.should_stop(job.context):
-            return DISK_STOPPED
-        if row.slot >= kv_u32_load_acquire(&copier.arena.usable_slots):
-            return DISK_BAD_SOURCE
+        cdef int problem = self.may_move(job, number)
+        if problem != DISK_FINE:
+            return problem
         if job.reading:
             return fetch_row(&self.file, copier, row, space, self.by_bounce)
         return spill_row(&self.file, copier, row, space, self.by_bounce)

@@ -38,6 +38,15 @@ cdef int spill_row(const SlabFile *file, const kv_copier *copier, DiskRow *row, 
                    bint bounce) noexcept nogil
 cdef int fetch_row(const SlabFile *file, const kv_copier *copier, DiskRow *row, Workspace *space,
                    bint bounce) noexcept nogil
+
+# The same in three steps, for who moves the bytes in another way. A fetch's expected checksum is in
+# the row between the first and the last.
+cdef int spill_before(const kv_copier *copier, DiskRow *row) noexcept nogil
+cdef int spill_after(const kv_copier *copier, DiskRow *row) noexcept nogil
+cdef int fetch_before(const SlabFile *file, const kv_copier *copier, DiskRow *row) noexcept nogil
+cdef int fetch_after(const SlabFile *file, const kv_copier *copier, DiskRow *row) noexcept nogil
+cdef void copy_through(const kv_copier *copier, uint32_t slot, uint8_t *buffer,
+                       bint to_buffer) noexcept nogil
 cdef void workspace_free(Workspace *space) noexcept nogil
 cdef bint needs_bounce(const kv_copier *copier, uint64_t alignment) noexcept nogil
 cdef bint row_from_block(kv_view *view, const kv_operation *op, uint32_t number,

@@ -60,64 +60,100 @@ cdef void workspace_free(Workspace *space) noexcept nogil:
     space.bounce = NULL
 
 
-cdef int spill_row(const SlabFile *file, const kv_copier *copier, DiskRow *row, Workspace *space,
-                   bint bounce) noexcept nogil:
-    """[B2] One block to its disk slot."""
+cdef int spill_before(const kv_copier *copier, DiskRow *row) noexcept nogil:
+    """The host slot holds the block; its checksum."""
     cdef kv_copy_run run
-    cdef uint32_t region, done = 0
-    cdef int count, problem
     run_of(row, &run)
     if check_before(copier, &run, 0) != KV_COPY_OK:
         return DISK_BAD_SOURCE
     row.checksum = arena_checksum(copier, row.slot)
-    count = gather(file, copier, row, space, bounce)
-    if count == 0:
-        return EIO
-    if bounce:
-        for region in range(copier.region_count):
-            memcpy(space.bounce + copier.regions[region].slot_offset,
-                   slot_piece(&copier.arena, &copier.regions[region], row.slot),
-                   copier.regions[region].chunk_bytes)
-    problem = transfer(file, row.disk_slot, space.pieces, count, True)
-    if problem == DISK_FINE and check_after(copier, &run, 0, &done) != KV_COPY_OK:
-        return DISK_BAD_SOURCE
-    return problem
+    return DISK_FINE
 
 
-cdef int fetch_row(const SlabFile *file, const kv_copier *copier, DiskRow *row, Workspace *space,
-                   bint bounce) noexcept nogil:
-    """One block from its disk slot."""
+cdef int spill_after(const kv_copier *copier, DiskRow *row) noexcept nogil:
+    """The host slot still holds the block."""
+    cdef kv_copy_run run
+    cdef uint32_t done = 0
+    run_of(row, &run)
+    return DISK_FINE if check_after(copier, &run, 0, &done) == KV_COPY_OK else DISK_BAD_SOURCE
+
+
+cdef int fetch_before(const SlabFile *file, const kv_copier *copier, DiskRow *row) noexcept nogil:
+    """The disk slot holds the block, with this checksum; the host slot is being filled."""
     cdef kv_slab_header header
     cdef kv_copy_run run
-    cdef uint32_t region, ignored = 0
-    cdef bint valid = False
-    cdef int count, problem
-    problem = slab_read_header(file, row.disk_slot, &header)
+    cdef int problem = slab_read_header(file, row.disk_slot, &header)
     if problem != 0:
         return problem
     if (not kv_slab_header_holds(&header, row.disk_slot, file.rank,
                                  file.fingerprint, file.payload_bytes)
             or header.digest_lo != row.digest[0] or header.digest_hi != row.digest[1]):
         return DISK_BAD_HEADER
-    count = gather(file, copier, row, space, bounce)
-    if count == 0:
-        return EIO
+    row.checksum = header.data_checksum
     run_of(row, &run)
     mark_filling(copier, &run)
-    problem = transfer(file, row.disk_slot, space.pieces, count, False)
-    if problem != DISK_FINE:
-        return problem
-    if bounce:
-        for region in range(copier.region_count):
-            memcpy(slot_piece(&copier.arena, &copier.regions[region], row.slot),
-                   space.bounce + copier.regions[region].slot_offset,
-                   copier.regions[region].chunk_bytes)
+    return DISK_FINE
+
+
+cdef int fetch_after(const SlabFile *file, const kv_copier *copier, DiskRow *row) noexcept nogil:
+    """The bytes in the host slot are those that were written."""
+    cdef kv_copy_run run
+    cdef uint32_t ignored = 0
+    cdef bint valid = False
+    run_of(row, &run)
     run.checksum[0] = arena_checksum(copier, row.slot)
-    if run.checksum[0] != header.data_checksum:
+    if run.checksum[0] != row.checksum:
         slab_empty_header(file, row.disk_slot, &ignored, &valid)
         return DISK_BAD_CHECKSUM
     mark_valid(copier, &run, KV_COPY_WITH_CHECKSUM)
     return DISK_FINE
+
+
+cdef int spill_row(const SlabFile *file, const kv_copier *copier, DiskRow *row, Workspace *space,
+                   bint bounce) noexcept nogil:
+    """[B2] One block to its disk slot."""
+    cdef int count, problem = spill_before(copier, row)
+    if problem != DISK_FINE:
+        return problem
+    count = gather(file, copier, row, space, bounce)
+    if count == 0:
+        return EIO
+    if bounce:
+        copy_through(copier, row.slot, space.bounce, True)
+    problem = transfer(file, row.disk_slot, space.pieces, count, True)
+    return problem if problem != DISK_FINE else spill_after(copier, row)
+
+
+cdef int fetch_row(const SlabFile *file, const kv_copier *copier, DiskRow *row, Workspace *space,
+                   bint bounce) noexcept nogil:
+    """One block from its disk slot."""
+    cdef int count, problem = fetch_before(file, copier, row)
+    if problem != DISK_FINE:
+        return problem
+    count = gather(file, copier, row, space, bounce)
+    if count == 0:
+        return EIO
+    problem = transfer(file, row.disk_slot, space.pieces, count, False)
+    if problem != DISK_FINE:
+        return problem
+    if bounce:
+        copy_through(copier, row.slot, space.bounce, False)
+    return fetch_after(file, copier, row)
+
+
+cdef void copy_through(const kv_copier *copier, uint32_t slot, uint8_t *buffer,
+                       bint to_buffer) noexcept nogil:
+    """A host slot's pieces to one contiguous buffer, or back."""
+    cdef uint32_t region
+    cdef uint8_t *piece
+    cdef uint8_t *at
+    for region in range(copier.region_count):
+        piece = slot_piece(&copier.arena, &copier.regions[region], slot)
+        at = buffer + copier.regions[region].slot_offset
+        if to_buffer:
+            memcpy(at, piece, copier.regions[region].chunk_bytes)
+        else:
+            memcpy(piece, at, copier.regions[region].chunk_bytes)
 
 
 cdef int gather(const SlabFile *file, const kv_copier *copier, const DiskRow *row,

@@ -25,7 +25,7 @@ NOT_READ = {
     "DYN_KVBM_TRANSFER_BATCH_SIZE": "upstream reads DYN_KVBM_MAX_TRANSFER_BATCH_SIZE",
     "DYN_KVBM_ENABLE": "to turn kvbm off, configure no connector",
     "DYN_KVBM_DEVICE_LAYOUT_TYPE": "the layout is taken from the engine's tensors",
-    "DYN_KVBM_NIXL_BACKEND_*": "backends are probed",
+    "DYN_KVBM_NIXL_BACKEND_*": "the disk tier can use POSIX, GDS and GDS_MT",
     "DYN_KVBM_OBJECT_*": "there is no object tier",
 }
 # Keys of kv_connector_extra_config, or of a whole vLLM KVTransferConfig, that are not for kvbm.

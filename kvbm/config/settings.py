@@ -152,6 +152,22 @@ class Settings(BaseModel):
         "Most that is written to disk in a day. Unset: no limit.",
     )
 
+    nixl_backend_posix: Truthy = _supported(
+        "DYN_KVBM_NIXL_BACKEND_POSIX",
+        False,
+        "Move the disk tier's blocks with NIXL's POSIX backend; needs `kvbm[nixl]`.",
+    )
+    nixl_backend_gds: Truthy = _supported(
+        "DYN_KVBM_NIXL_BACKEND_GDS",
+        False,
+        "With its GDS backend, where that works; it comes before POSIX.",
+    )
+    nixl_backend_gds_mt: Truthy = _supported(
+        "DYN_KVBM_NIXL_BACKEND_GDS_MT",
+        False,
+        "With its GDS_MT backend, where that works; it comes before GDS.",
+    )
+
     # Transfers
     max_concurrent_transfers: Count = _unneeded(
         "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",

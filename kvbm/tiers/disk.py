@@ -277,8 +277,8 @@ class Slab:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and self.table_fd >= 0:
             room = os.fstatvfs(self.table_fd)
             bytes_free = room.f_bavail * room.f_frsize
-            return no_room(self._where, self._files.folder, wanted, bytes_free)
-        return not_writable(self._where, self._files.folder, error)
+            return no_room(self.where, self._files.folder, wanted, bytes_free)
+        return not_writable(self.where, self._files.folder, error)
 
     def _remove_if_empty(self) -> None:
         """Leave no file behind that holds nothing and that nobody else uses."""
@@ -288,7 +288,8 @@ class Slab:
             self.path.unlink(missing_ok=True)
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Its path, or its folder, for messages."""
         return f"a file in {self._files.folder}" if self.path is None else str(self.path)
 
     # ---- opening ---------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ class Slab:
                 return fd
             os.close(fd)
             if self._stopping():
-                raise SlabError(self._where, "another process is making it")
+                raise SlabError(self.where, "another process is making it")
             time.sleep(BUSY_POLL_SECS)
 
     def _settle(self, wanted: Superblock) -> None:
@@ -324,9 +325,9 @@ class Slab:
             self.superblock, self.adopted = found, True
             return
         if not try_lock(self.table_fd, LOCK_USERS_OFFSET, exclusive=True):
-            raise SlabError(self._where, "another engine uses it, for another model or size")
+            raise SlabError(self.where, "another engine uses it, for another model or size")
         if size > 0:
-            logger.warning("%s holds something else and starts clean", self._where)
+            logger.warning("%s holds something else and starts clean", self.where)
             os.ftruncate(self.table_fd, 0)
         try:
             self._reserve(wanted.layout.total_bytes)
@@ -351,7 +352,7 @@ class Slab:
         if problem != errno.EOPNOTSUPP:
             raise OSError(problem, os.strerror(problem))
         if not self._files.zerofill:
-            raise cannot_reserve(self._where, self._files.folder)
+            raise cannot_reserve(self.where, self._files.folder)
         self._fill_with_zeros(total)
 
     def _fill_with_zeros(self, total: int) -> None:
@@ -359,7 +360,7 @@ class Slab:
         at = 0
         while at < total:
             if self._stopping():
-                raise SlabError(self._where, "stopped while zeros were written")
+                raise SlabError(self.where, "stopped while zeros were written")
             at += os.pwrite(self.table_fd, zeros[: total - at], at)
 
     # ---- O_DIRECT --------------------------------------------------------------------------------
@@ -375,7 +376,7 @@ class Slab:
                 fcntl.fcntl(self.data_fd, fcntl.F_SETFL, flags | os.O_DIRECT)
         except OSError as error:
             detail = error.strerror or str(error)
-            raise no_direct(self._where, self._files.folder, detail) from error
+            raise no_direct(self.where, self._files.folder, detail) from error
 
     def _find_alignment(self) -> int:
         """What O_DIRECT needs."""
@@ -383,7 +384,7 @@ class Slab:
             for alignment in (512, PAGE_BYTES):
                 if self._can_read(view, alignment):
                     return alignment
-        raise no_direct(self._where, self._files.folder, "not with whole pages")
+        raise no_direct(self.where, self._files.folder, "not with whole pages")
 
     def _can_read(self, memory: memoryview, alignment: int) -> bool:
         with memory[alignment : 2 * alignment] as piece, contextlib.suppress(OSError):

@@ -182,7 +182,7 @@ def test_keys_of_extra_config_that_belong_to_others_are_passed_over(
     [
         "DYN_KVBM_OBJECT_BUCKET",
         "DYN_KVBM_TRANSFER_BATCH_SIZE",
-        "DYN_KVBM_NIXL_BACKEND_GDS",
+        "DYN_KVBM_NIXL_BACKEND_OBJ",
         "DYN_KVBM_ENABLE",
     ],
 )
