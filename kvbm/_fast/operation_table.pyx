@@ -65,7 +65,7 @@ from kvbm._fast.operations cimport (
 from kvbm._fast.segment cimport Segment
 from kvbm._fast.table cimport BlockTable, make_ref, set_parent
 
-PARENT_SECS = 1.0
+PARENT_SECS = 5.0
 """Longest wait of copied blocks for the parent that another engine is still filling."""
 
 cdef uint64_t PARENT_NS = <uint64_t>(PARENT_SECS * 1e9)

@@ -20,7 +20,8 @@ from kvbm._fast import contract
 from kvbm._fast.segment import COUNTER_NAMES
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.live import LiveSegment
-from kvbm.metrics.names import GAUGES, HIT_RATES, UPSTREAM, label_names, shown
+from kvbm.instance import disk_instance
+from kvbm.metrics.names import DISK, GAUGES, HIT_RATES, HOST, UPSTREAM, label_names, shown
 
 HitRates = Callable[[], tuple[float, float]]
 Gauges = dict[str, GaugeMetricFamily]
@@ -66,13 +67,18 @@ class InstanceCollector(Collector):
         }
         lines = Lines()
         names = list(self._instances())
-        self._follower.keep(names)
+        self._follower.keep([*names, *map(disk_instance, names)])
         for name in names:
             live = self._follower.find(name)
             gauges["kvbm_up"].add_metric([name], float(live is not None))
-            if live is not None:
-                lines.add(live)
-                fill_gauges(live, gauges)
+            if live is None:
+                continue
+            lines.add(live, name, HOST)
+            fill_gauges(live, gauges)
+            disk = self._follower.find(disk_instance(name)) if live.shape.disk_slots else None
+            if disk is not None:
+                lines.add(disk, name, DISK)
+                fill_slots(disk, gauges, name, DISK)
         yield from lines.upstream()
         yield from lines.families()
         yield from gauges.values()
@@ -88,12 +94,13 @@ def engine_of(live: LiveSegment, line: int) -> str:
     return f"{int(record['engine_key']):016x}" if record["role"] else ""
 
 
-def place_of(live: LiveSegment, line: int) -> list[str]:
+def place_of(live: LiveSegment, line: int, instance: str | None = None) -> list[str]:
     """Values of the labels of a line: instance, engine, leader, rank (empty for a leader)."""
+    instance = live.instance if instance is None else instance
     if line < contract.LEADERS:
-        return [live.instance, engine_of(live, line), str(line), ""]
+        return [instance, engine_of(live, line), str(line), ""]
     leader, rank = divmod(line - contract.LEADERS, contract.RANKS)
-    return [live.instance, engine_of(live, line), str(leader), str(rank)]
+    return [instance, engine_of(live, line), str(leader), str(rank)]
 
 
 class Lines:
@@ -101,7 +108,7 @@ class Lines:
 
     def __init__(self) -> None:
         self._families: dict[str, CounterMetricFamily] = {}
-        self._totals = dict.fromkeys(COUNTER_NAMES, 0)
+        self._totals: Counter[tuple[str, str]] = Counter()
         for counter in COUNTER_NAMES:
             metric = shown(counter)
             if metric.metric not in self._families:
@@ -109,17 +116,17 @@ class Lines:
                     metric.metric, metric.meaning, labels=label_names(metric.metric)
                 )
 
-    def add(self, live: LiveSegment) -> None:
-        """Add the lines of an instance that are used, or that have counted something."""
+    def add(self, live: LiveSegment, instance: str, tier: str) -> None:
+        """Add the lines of a tier's segment that are used, or that have counted something."""
         values = live.line_counters()
         used = set(live.lines())
         for line in range(len(values)):
             if line not in used and not values[line].any():
                 continue
-            place = place_of(live, line)
+            place = [*place_of(live, line, instance), tier]
             for number, counter in enumerate(COUNTER_NAMES):
-                metric, value = shown(counter), int(values[line][number])
-                self._totals[counter] += value
+                metric, value = shown(counter, tier), int(values[line][number])
+                self._totals[tier, counter] += value
                 family = self._families[metric.metric]
                 family.add_metric([*place, *metric.labels.values()], value * metric.factor)
 
@@ -130,17 +137,14 @@ class Lines:
     def upstream(self) -> Iterator[Metric]:
         """Upstream's counters, without labels, over all that is shown."""
         for name, (counter, meaning) in UPSTREAM.items():
-            value = self._totals.get(counter, 0) if counter is not None else 0
+            value = 0 if counter is None else self._totals[counter]
             yield UnknownMetricFamily(name, meaning, value=float(value))
 
 
 def fill_gauges(live: LiveSegment, gauges: Gauges) -> None:
     """Add what an instance has at this moment."""
     name = live.instance
-    for tier, (used, total) in live.pools().items():
-        if tier != "blocks":
-            gauges["kvbm_slots"].add_metric([name, tier, "used"], used)
-            gauges["kvbm_slots"].add_metric([name, tier, "free"], total - used)
+    fill_slots(live, gauges, name, HOST)
     for rank in range(live.shape.ranks):
         ready = int(live.header["ready_slots"][rank])
         gauges["kvbm_ready_slots"].add_metric([name, str(rank)], ready)
@@ -151,6 +155,13 @@ def fill_gauges(live: LiveSegment, gauges: Gauges) -> None:
     gauges["kvbm_recovering"].add_metric([name], int(bool(live.header["recovering"])))
     _fill_participants(live, gauges, swept.pins)
     _fill_operations(live, gauges)
+
+
+def fill_slots(live: LiveSegment, gauges: Gauges, instance: str, tier: str) -> None:
+    """Add the slots of a tier; those of each are the host slots of its own segment."""
+    used, total = live.pools().get("host", (0, 0))
+    gauges["kvbm_slots"].add_metric([instance, tier, "used"], used)
+    gauges["kvbm_slots"].add_metric([instance, tier, "free"], total - used)
 
 
 def _fill_participants(live: LiveSegment, gauges: Gauges, pins: list[int]) -> None:

@@ -9,17 +9,17 @@ from kvbm._fast.segment import COUNTER_NAMES
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 
-# Upstream's names, without labels, exactly as it has them (no `_total`). None: what it counts does
-# not exist here, and stays 0.
-UPSTREAM: dict[str, tuple[str | None, str]] = {
-    "kvbm_offload_blocks_d2h": ("blocks_stored", "Blocks copied from device to host."),
-    "kvbm_offload_blocks_h2d": ("blocks_spilled", "Blocks copied from host to disk."),
+# Upstream's names, without labels, exactly as it has them (no `_total`), with tier and counter that
+# each shows. None: what it counts does not exist here, and stays 0.
+UPSTREAM: dict[str, tuple[tuple[str, str] | None, str]] = {
+    "kvbm_offload_blocks_d2h": ((HOST, "blocks_stored"), "Blocks copied from device to host."),
+    "kvbm_offload_blocks_h2d": ((DISK, "blocks_stored"), "Blocks copied from host to disk."),
     "kvbm_offload_blocks_d2d": (None, "Blocks copied from device to disk, past the host."),
     "kvbm_offload_blocks_d2o": (None, "Blocks copied from device to an object store."),
-    "kvbm_onboard_blocks_h2d": ("blocks_loaded", "Blocks copied from host to device."),
+    "kvbm_onboard_blocks_h2d": ((HOST, "blocks_loaded"), "Blocks copied from host to device."),
     "kvbm_onboard_blocks_d2d": (None, "Blocks copied from disk to device, past the host."),
     "kvbm_onboard_blocks_o2d": (None, "Blocks copied from an object store to device."),
-    "kvbm_matched_tokens": ("matched_tokens", "Tokens found in the cache and loaded."),
+    "kvbm_matched_tokens": ((HOST, "matched_tokens"), "Tokens found in the cache and loaded."),
     "kvbm_object_read_failures": (None, "Reads from an object store that failed."),
     "kvbm_object_write_failures": (None, "Writes to an object store that failed."),
 }
@@ -94,19 +94,28 @@ COUNTERS: dict[str, Shown] = {
 }
 
 
-def shown(counter: str) -> Shown:
-    """How a counter is shown; one that the table does not have, under its own name."""
-    return COUNTERS.get(counter) or Shown(f"kvbm_{counter}", f"Counter {counter}.", {})
+# The disk tier's segment counts what moves between it and the host tier.
+_FROM_DEVICE = {DEVICE: HOST, HOST: DISK}
+
+
+def shown(counter: str, tier: str = HOST) -> Shown:
+    """How a tier's counter is shown; one that the table does not have, under its own name."""
+    found = COUNTERS.get(counter) or Shown(f"kvbm_{counter}", f"Counter {counter}.", {})
+    if tier == HOST or "source" not in found.labels:
+        return found
+    ends = {end: _FROM_DEVICE[found.labels[end]] for end in ("source", "target")}
+    return found._replace(labels=found.labels | ends)
 
 
 LINE_LABELS = ("instance", "engine", "leader", "rank")
+COUNTER_LABELS = (*LINE_LABELS, "tier")
 
 
 def label_names(metric: str) -> tuple[str, ...]:
     """Labels of one of our counters, in order."""
     for counter in COUNTER_NAMES:
         if shown(counter).metric == metric:
-            return (*LINE_LABELS, *shown(counter).labels)
+            return (*COUNTER_LABELS, *shown(counter).labels)
     raise KeyError(metric)
 
 

@@ -84,6 +84,38 @@ def test_counters_are_those_of_their_lines_and_upstreams_are_the_sums(
         assert sum(same) == pytest.approx(counters[counter] * metric.factor), counter
 
 
+def test_the_disk_tier_is_shown_from_its_own_segment() -> None:
+    host, disk = unique_name(), ""
+    disk = f"{host}.disk"
+    made = [
+        Instance(shape_for(8, 24, 1, 16, True), host),
+        Instance(shape_for(24, 0, 1, 16, True), disk),
+    ]
+    collector = InstanceCollector(lambda: [host.removeprefix("/kvbm-")])
+    try:
+        table = made[1].leader(engine_key=0xE3)
+        cache(table, Keys(digests(5)))
+        for name, count in (("stores", 2), ("blocks_stored", 7), ("bytes_loaded", 9)):
+            table.count(name, count)
+        made[0].leader().count("blocks_stored", 1)
+        found = samples_of(collector)
+    finally:
+        collector.close()
+        for one in made:
+            one.remove()
+    line = {"instance": host.removeprefix("/kvbm-"), "tier": "disk", "engine": f"{0xE3:016x}"}
+    spilled, fetched = ({"source": s, "target": t} for s, t in (("host", "disk"), ("disk", "host")))
+    assert value(found, "kvbm_transfers_total", result="done", **line, **spilled) == 2
+    assert value(found, "kvbm_transferred_blocks_total", **line, **spilled) == 7
+    assert value(found, "kvbm_transferred_bytes_total", **line, **fetched) == 9
+    assert value(found, "kvbm_blocks_published_total", **line) == 5
+    assert value(found, "kvbm_slots", tier="disk", state="used") == 5
+    assert value(found, "kvbm_slots", tier="disk", state="free") == 19
+    assert value(found, "kvbm_slots", tier="host", state="free") == 8
+    assert value(found, "kvbm_offload_blocks_h2d") == 7
+    assert value(found, "kvbm_offload_blocks_d2h") == 1
+
+
 def test_each_metric_has_the_type_and_the_name_that_it_says(collector: InstanceCollector) -> None:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)

@@ -40,7 +40,7 @@ def test_all_of_upstreams_names_are_there() -> None:
 
 def test_metrics_of_one_name_have_the_same_labels() -> None:
     for counter in COUNTERS.values():
-        wanted = ("instance", "engine", "leader", "rank", *counter.labels)
+        wanted = ("instance", "engine", "leader", "rank", "tier", *counter.labels)
         assert label_names(counter.metric) == wanted
     with pytest.raises(KeyError):
         label_names("kvbm_nothing")
@@ -88,7 +88,10 @@ def test_a_query_of_the_dashboard_asks_for_what_is_exposed(title: str, query: st
 
 def test_the_dashboard_shows_everything_of_upstreams_dashboard_that_can_move() -> None:
     text = " ".join(query for _, query in QUERIES)
-    moving = {name for name, (counter, _) in UPSTREAM.items() if counter in COUNTER_NAMES}
+    moving = {name for name, (counter, _) in UPSTREAM.items() if counter is not None}
+    assert {counter for counter, _ in UPSTREAM.values() if counter} <= {
+        (tier, name) for tier in ("host", "disk") for name in COUNTER_NAMES
+    }
     for name in moving | {"kvbm_host_cache_hit_rate", "kvbm_disk_cache_hit_rate"}:
         assert name in text
 
