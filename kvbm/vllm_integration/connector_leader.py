@@ -11,6 +11,7 @@ prefix cache causes, and a request may be admitted again in the step that preemp
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,7 @@ from kvbm._fast.segment import Segment
 from kvbm.closing import close_at_exit
 from kvbm.disk_opening import DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
-from kvbm.hashing import (
-    TokenChain,
-    engine_hashes_problem,
-    identity_mix,
-    token_chain,
-)
+from kvbm.hashing import TokenChain, engine_hashes_problem, identity_mix, token_chain
 from kvbm.instance import engine_key, is_private, remove, remove_dead_private_instances
 from kvbm.leader import Leader
 from kvbm.metrics.cache_stats import CacheStats
@@ -134,6 +130,7 @@ class KvConnectorLeader:
             vllm_config, kv_cache_config, self.block_tokens
         )
         self._known: dict[str, KnownRequest] = {}
+        self._reported = False
         remove_dead_private_instances()
         self.leader = self._open_leader(vllm_config)
         self._wait_for_content()
@@ -375,6 +372,23 @@ class KvConnectorLeader:
         The step's message goes to the workers whatever happens here: it says which copies to stop
         and which loads to report.
         """
+        try:
+            self._note_step(output)
+        except Exception:
+            if not self._reported:  # it may come again in each step
+                self._reported = True
+                logger.exception("a step was not understood; its requests are not cached any more")
+            self.count_error()
+            self._give_up_all()
+        return self.leader.build_step()
+
+    def _give_up_all(self) -> None:
+        """Which device blocks the requests have now is not known: none is stored any more."""
+        for request_id in list(self._known):
+            with suppress(Exception):
+                self._give_up(request_id)
+
+    def _note_step(self, output: "SchedulerOutput") -> None:
         self.leader.prefill.step(sum(output.num_scheduled_tokens.values()))
         for request_id in self.leader.storing():
             self._per_request(request_id, self._note_preemption, request_id)
@@ -405,7 +419,6 @@ class KvConnectorLeader:
                 continue  # most requests in most steps: one more token, no new block
             again = request_id in cached.resumed_req_ids
             self._per_request(request_id, self._runs, request_id, computed, blocks, again, output)
-        return self.leader.build_step()
 
     def _per_request(self, request_id: str, call: Any, *arguments: Any) -> None:
         """Call; an error costs the request its cache, and nothing else."""
@@ -413,9 +426,12 @@ class KvConnectorLeader:
             call(*arguments)
         except Exception:
             self.count_error()
-            self._known.pop(request_id, None)
-            self.leader.abandon(request_id)
+            self._give_up(request_id)
             logger.exception("request %s is not cached any more", request_id)
+
+    def _give_up(self, request_id: str) -> None:
+        self._known.pop(request_id, None)
+        self.leader.abandon(request_id)
 
     def _note_preemption(self, request_id: str) -> None:
         known = self._known.get(request_id)

@@ -88,8 +88,10 @@ class KvConnectorWorker:
     def bind(self, metadata: StepMetadata) -> None:
         """Begin a step; nothing has been overwritten yet, so `stop_copies` is in time here too."""
         if self._worker is not None:
-            self._worker.stop_copies(metadata)
-            self._worker.bind(metadata)
+            try:
+                self._worker.stop_copies(metadata)
+            finally:  # else nobody would report the loads of this step
+                self._worker.bind(metadata)
 
     def filled(self) -> None:
         """The forward pass of the step is done."""

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvbm._fast.participants import engine_counters
 from kvbm._fast.segment import Segment
+from kvbm.vllm_integration.guard import guarded
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -99,20 +100,26 @@ class KvbmStats(KVConnectorStats):
             raise KeyError(name)
         return self.data
 
+    @guarded(lambda: True)
     def is_empty(self) -> bool:
         """Return whether there is nothing to report."""
         return not any(any(numbers.values()) for numbers in self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> "KvbmStats":
         """Add what another process or a later moment reported."""
+        self._add(other)
+        return self
+
+    @guarded(lambda: None)
+    def _add(self, other: KVConnectorStats) -> None:
         moved = self.data.setdefault(MOVED, {})
         for name, value in other.data.get(MOVED, {}).items():
             moved[name] = moved.get(name, 0) + value
         total = self.data.setdefault(TOTAL, {})
         for name, value in other.data.get(TOTAL, {}).items():
             total[name] = max(total.get(name, 0), value)
-        return self
 
+    @guarded(dict)
     def reduce(self) -> dict[str, int | float]:
         """What the log line shows: blocks, hit rate, throughput of copies."""
         data = self.data.get(MOVED, {})
@@ -213,6 +220,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
                 engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
             }
 
+    @guarded(lambda: None)
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Count what a `KvbmStats.data` says beyond what was counted before."""
         for source, value in transfer_stats_data.get(TOTAL, {}).items():

@@ -149,11 +149,17 @@ class Driver:
 
     # ---- the copy thread -------------------------------------------------------------------------
     @property
-    def worker(self) -> Any:
-        """The worker of this process, None if it is in another one."""
+    def worker_side(self) -> Any:
+        """The connector's worker side, None if it is in another process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        return get_kv_transfer_group()._worker._worker if has_kv_transfer_group() else None
+        return get_kv_transfer_group()._worker if has_kv_transfer_group() else None
+
+    @property
+    def worker(self) -> Any:
+        """The worker of this process, None if it is in another one."""
+        side = self.worker_side
+        return None if side is None else side._worker
 
     @contextmanager
     def copies_held(self) -> Iterator[None]:

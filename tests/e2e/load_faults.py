@@ -108,6 +108,32 @@ def reporting_raises(driver: Driver) -> Iterator[None]:
         yield
 
 
+def step_raises(driver: Driver) -> AbstractContextManager[None]:
+    """`build_connector_meta` does not understand the steps."""
+    return replaced(driver.side, "_note_step", fails)
+
+
+def stopping_raises(driver: Driver) -> AbstractContextManager[None]:
+    """`handle_preemptions` and `bind_connector_metadata` cannot stop copies on the worker."""
+    return replaced(driver.worker, "stop_copies", fails)
+
+
+def filling_raises(driver: Driver) -> AbstractContextManager[None]:
+    """`wait_for_save` raises on the worker."""
+    return replaced(driver.worker, "filled", fails)
+
+
+@contextmanager
+def statistics_raise(driver: Driver) -> Iterator[None]:
+    """`get_kv_connector_stats` raises, and `has_pending_block_frees`."""
+    with (
+        replaced(driver.side, "stats", fails),
+        replaced(driver.worker_side, "stats", fails),
+        replaced(type(driver.side), "holds_device_blocks", property(fails)),
+    ):
+        yield
+
+
 FAULTS: dict[str, Callable[[Driver], AbstractContextManager[None]]] = {
     f.__name__: f
     for f in (
@@ -121,6 +147,10 @@ FAULTS: dict[str, Callable[[Driver], AbstractContextManager[None]]] = {
         finishing_raises,
         collecting_raises,
         reporting_raises,
+        step_raises,
+        stopping_raises,
+        filling_raises,
+        statistics_raise,
     )
 }
 

@@ -19,7 +19,14 @@ from tests.e2e.load_faults import arena_of
 Fault = Callable[[Driver, Random], AbstractContextManager[None]]
 SLOTS_HIT = 3
 HIT_BYTES = 8192
-ON_THE_WORKER = {"damaged_bytes", "damaged_slot_headers", "reporting_raises"}
+ON_THE_WORKER = {
+    "damaged_bytes",
+    "damaged_slot_headers",
+    "reporting_raises",
+    "stopping_raises",
+    "filling_raises",
+    "statistics_raise",
+}
 
 
 def _slots(driver: Driver, choose: Random) -> list[int]:

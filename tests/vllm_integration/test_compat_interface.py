@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ FIELDS: dict[str, set[str]] = {
         "model_config",
         "kv_events_config",
         "additional_config",
+        "scheduler_config",
     },
     "vllm.config:KVEventsConfig": {
         "enable_kv_cache_events",
@@ -102,6 +104,44 @@ FIELDS: dict[str, set[str]] = {
     "vllm.multimodal.inputs:MultiModalFeatureSpec": {"identifier", "mm_position"},
     "vllm.multimodal.inputs:PlaceholderRange": {"offset", "length"},
     "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats": {"data"},
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorRole": {"SCHEDULER"},
+    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory": {"register_connector"},
+    "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector": {
+        "_get_connector_classes_and_configs"
+    },
+    "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiKVConnectorMetadata": {
+        "metadata",
+        "extra_async_saves",
+    },
+}
+MULTI_CONNECTOR = {"_connectors", "_requests_to_connector"}  # of its instances
+# Read where they are there, and done without where they are not: some versions have them.
+OPTIONAL = {
+    "CacheHitSource",
+    "HOST",
+    "DEFAULT_NONE_HASH_SEED",
+    "KVConnectorTransferResults",
+    "to_event_extra_keys",
+    "failed_recving",
+    "hash_block_size",
+    "prefix_match_unit",
+    "disable_hybrid_kv_cache_manager",
+    "prefill_context_parallel_size",
+}
+# Of torch, prometheus_client and the standard library.
+FOREIGN = {
+    "contiguous",
+    "cpu",
+    "cuda_stream",
+    "current_device",
+    "current_stream",
+    "numpy",
+    "type",
+    "inc",
+    "exception",
+    "info",
+    "warning",
+    "exists",
 }
 REQUEST = {
     "request_id",
@@ -134,15 +174,7 @@ VARIABLES = {
     "transfer": FIELDS["vllm.config:KVTransferConfig"],
     "events": FIELDS["vllm.config:KVEventsConfig"],
 }
-OURS = (
-    "connector_leader.py",
-    "connector_worker.py",
-    "consolidator_config.py",
-    "engine.py",
-    "compat.py",
-    "request_keys.py",
-    "stats.py",
-)
+OURS = sorted(path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("*.py"))
 # What vLLM's documentation of `KVConnectorBase_V1` says of 0.20 to 0.33 beyond what is installed.
 OTHER_VERSIONS = {
     "get_mem_pool_context",
@@ -199,8 +231,14 @@ def test_a_request_has_what_is_read_of_it() -> None:
     assert isinstance(request._all_token_ids, list)
 
 
+def test_a_multi_connector_has_what_is_read_of_it() -> None:
+    path = "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector"
+    source = inspect.getsource(load(path))
+    assert {name for name in MULTI_CONNECTOR if f"self.{name}" not in source} == set()
+
+
 @pytest.mark.parametrize("file", OURS)
-def test_the_sources_read_nothing_that_is_not_listed(file: str) -> None:
+def test_of_variables_that_hold_vllms_objects_only_what_is_listed_is_read(file: str) -> None:
     unlisted = set()
     for node in ast.walk(ast.parse((SOURCES / file).read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -208,6 +246,69 @@ def test_the_sources_read_nothing_that_is_not_listed(file: str) -> None:
             if listed is not None and node.attr not in listed:
                 unlisted.add(f"{node.value.id}.{node.attr}")
     assert unlisted == set()
+
+
+def names_made_by(paths: Iterable[Path]) -> set[str]:
+    """Functions, classes, variables and own attributes of some sources."""
+    names: set[str] = set()
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+            case ast.Assign(targets=targets):
+                names.update(t.id for t in targets if isinstance(t, ast.Name))
+    return names
+
+
+def names_read(source: str) -> set[str]:
+    """Attributes of anything but an imported module of the standard library, also by name."""
+    tree = ast.parse(source)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    modules = {a.asname or a.name for node in imports for a in node.names} - {"vllm"}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=module)) if module in modules:
+                pass
+            case ast.Attribute(attr=name):
+                names.add(name)
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, by_name, *_]):
+                if isinstance(by_name, ast.Constant):
+                    names.add(str(by_name.value))
+    return {name for name in names if not name.startswith("__")}
+
+
+@pytest.fixture(scope="module")
+def familiar() -> set[str]:
+    """Every name that may be read: listed above, kvbm's own, or of Python's own types."""
+    listed = set().union(*FIELDS.values(), REQUEST, MULTI_CONNECTOR, OPTIONAL, FOREIGN)
+    package = SOURCES.parent
+    made = names_made_by([*package.rglob("*.py"), *package.rglob("*.pyi")])
+    types: tuple[type, ...] = (str, bytes, list, dict, set, tuple, property)
+    return listed.union(made, *map(dir, types))
+
+
+@pytest.mark.parametrize("file", OURS)
+def test_nothing_is_read_by_a_name_that_is_not_listed(file: str, familiar: set[str]) -> None:
+    """Whatever the variable is called: a name that is not kvbm's own must be in the lists above."""
+    assert names_read((SOURCES / file).read_text()) - familiar == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "known.request.sampling_params",
+        "getattr(x, 'priority_of_vllm', 0)",
+        "a().kv_zone",
+        "vllm.zones",
+    ],
+)
+def test_a_name_that_is_not_listed_is_seen(source: str, familiar: set[str]) -> None:
+    assert names_read(source) - familiar != set()
 
 
 def test_version_checks_are_in_one_place() -> None:

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvbm.step import StepMetadata
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.connector import DynamoConnectorMetadata
 from kvbm.vllm_integration.stats import KvbmPromMetrics, KvbmStats
 
 pytestmark = pytest.mark.slow  # importing vLLM takes many seconds
@@ -284,42 +282,6 @@ def test_an_unknown_kind_of_metadata_is_left_alone(connect: Any) -> None:
     engine.worker.bind_connector_metadata(SimpleNamespace())
     assert engine.worker.has_connector_metadata()
     engine.worker.clear_connector_metadata()
-
-
-HOOKS: list[tuple[str, tuple[Any, ...], Any]] = [
-    ("get_num_new_matched_tokens", (SimpleNamespace(), 0), (0, False)),
-    ("update_state_after_alloc", (SimpleNamespace(), SimpleNamespace(), 0), None),
-    ("build_connector_meta", (SimpleNamespace(),), DynamoConnectorMetadata(StepMetadata())),
-    ("request_finished", (SimpleNamespace(), []), (False, None)),
-    ("update_connector_output", (SimpleNamespace(),), None),
-    ("reset_cache", (), False),
-    ("has_pending_block_frees", (), False),
-    ("get_kv_connector_stats", (), None),
-    ("get_finished", (set(),), (None, None)),
-    ("get_block_ids_with_load_errors", (), set()),
-    ("wait_for_save", (), None),
-    ("shutdown", (), None),
-]
-
-
-@pytest.mark.parametrize(("hook", "arguments", "fallback"), HOOKS, ids=[h[0] for h in HOOKS])
-def test_no_hook_raises(
-    connect: Any, monkeypatch: pytest.MonkeyPatch, hook: str, arguments: Any, fallback: Any
-) -> None:
-    class Broken:
-        def count_error(self) -> None:
-            counted.append(hook)
-
-        def __getattr__(self, name: str) -> Any:
-            raise RuntimeError(f"{name} is broken")
-
-    counted: list[str] = []
-    engine = connect()
-    monkeypatch.setattr(engine.scheduler, "_leader", Broken())
-    monkeypatch.setattr(engine.scheduler, "_worker", Broken())
-    assert getattr(engine.scheduler, hook)(*arguments) == fallback
-    assert counted
-    monkeypatch.undo()
 
 
 def test_statistics_are_differences_and_reach_prometheus(connect: Any) -> None:

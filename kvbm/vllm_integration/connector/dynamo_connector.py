@@ -16,12 +16,9 @@ engine, so after the start no hook raises: a surprise costs the request its cach
 log and a count (`guarded`).
 """
 
-import functools
-import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -37,6 +34,7 @@ from kvbm.step import StepMetadata
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.connector_leader import KvConnectorLeader
 from kvbm.vllm_integration.connector_worker import KvConnectorWorker
+from kvbm.vllm_integration.guard import guarded
 from kvbm.vllm_integration.stats import KvbmPromMetrics, KvbmStats
 
 if TYPE_CHECKING:
@@ -48,35 +46,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-logger = logging.getLogger(__name__)
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-def guarded(fallback: Callable[[], Any]) -> Callable[[Hook], Hook]:
-    """Make a hook return `fallback()` instead of raising; its first error is logged in full."""
-
-    def wrap(hook: Hook) -> Hook:
-        reported = False
-
-        @functools.wraps(hook)
-        def call(self: "DynamoConnector", *args: Any, **kwargs: Any) -> Any:
-            nonlocal reported
-            try:
-                return hook(self, *args, **kwargs)
-            except Exception:
-                if not reported:
-                    reported = True
-                    logger.exception(
-                        "%s failed; the engine goes on without the cache here", hook.__name__
-                    )
-                self.count_error()
-                return fallback()
-
-        return call  # type: ignore[return-value]
-
-    return wrap
 
 
 @dataclass
@@ -268,6 +237,7 @@ class DynamoConnector(KVConnectorBase_V1):
 
     # ---- without an instance ---------------------------------------------------------------------
     @classmethod
+    @guarded(KvbmStats)
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats | None:
         """Statistics as they arrive at the front end."""
         return KvbmStats(data=dict(data or {}))

@@ -101,10 +101,10 @@ class PdConnector(MultiConnector):
         _check_children(vllm_config)
         self._check_hybrid(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        cache = self._connectors[0]
-        if role == KVConnectorRole.SCHEDULER and isinstance(cache, DynamoConnector):
+        child = self._connectors[0]
+        if role == KVConnectorRole.SCHEDULER and isinstance(child, DynamoConnector):
             # The child has a configuration of its own; the scheduler reads the engine's.
-            apply_load_failure_policy(vllm_config, cache.settings)
+            apply_load_failure_policy(vllm_config, child.settings)
 
     @classmethod
     def _check_hybrid(cls, vllm_config: VllmConfig) -> None:
