@@ -127,6 +127,8 @@ OPTIONAL = {
     "prefix_match_unit",
     "disable_hybrid_kv_cache_manager",
     "prefill_context_parallel_size",
+    "data_parallel_index",
+    "kv_cache_report_mode",
 }
 # Of torch, prometheus_client and the standard library.
 FOREIGN = {
@@ -138,6 +140,7 @@ FOREIGN = {
     "numpy",
     "type",
     "inc",
+    "debug",
     "exception",
     "info",
     "warning",
