@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvbm._fast.keys import Keys
@@ -42,6 +41,7 @@ from kvbm.vllm_integration.engine import (
     instance_of,
     settings_of,
 )
+from kvbm.vllm_integration.known_request import KnownRequest
 from kvbm.vllm_integration.request_keys import request_keys
 from kvbm.vllm_integration.stats import KvbmStats, StatsReader
 
@@ -56,38 +56,6 @@ logger = logging.getLogger(__name__)
 
 WARM_START_SECS = 2.0
 """Longest wait of an engine's start for its workers to open arenas that hold content."""
-
-
-@dataclass
-class KnownRequest:
-    """What was last seen of a request.
-
-    Attributes
-    ----------
-    request : Request
-        vLLM's own object.
-    hashes : list of bytes
-        vLLM's block hashes of it, a list that grows.
-    chain : TokenChain or None
-        Our own hashes; None if vLLM's serve.
-    multimodal : int
-        Number of its multimodal inputs: a streaming session gets more.
-    preemptions : int
-        How often it was preempted.
-    settled : int
-        Blocks before this one need no look any more; -1 if that is not known.
-    asked, loaded : int
-        Blocks that the last look-up was about, and that were loaded after it.
-    """
-
-    request: "Request"
-    hashes: list[bytes]
-    chain: TokenChain | None
-    multimodal: int
-    preemptions: int
-    settled: int = -1
-    asked: int = 0
-    loaded: int = 0
 
 
 class KvConnectorLeader:
