@@ -89,6 +89,7 @@ cdef extern from "layout.h" nogil:
         KV_C_LOOKUP_PROBES
         KV_C_STORES_CANCELLED
         KV_C_LOADS_CANCELLED
+        KV_C_CLEARED
         KV_C_COUNT
 
     uint32_t kv_word_state(uint64_t w) noexcept

@@ -88,7 +88,7 @@ COUNTER_NAMES = (
     "blocks_loaded", "bytes_stored", "bytes_loaded", "store_ns", "load_ns", "skipped_no_slot",
     "skipped_no_operation", "declined", "index_full", "stale_entries", "check_failures",
     "recoveries", "matched_tokens", "errors", "resets", "lookup_probes", "stores_cancelled",
-    "loads_cancelled",
+    "loads_cancelled", "cleared",
 )
 
 cdef int64_t line_lock(uint32_t line) noexcept nogil:

@@ -47,6 +47,7 @@ from kvbm._fast.index cimport index_find
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
     KV_C_ABANDONED,
+    KV_C_CLEARED,
     KV_C_LOOKUP_BLOCKS,
     KV_C_LOOKUP_PROBES,
     KV_C_LOOKUPS,
@@ -482,6 +483,7 @@ cdef class BlockTable:
                 pool_give_back(self.view, KV_POOL_HOST, slot)
             count += 1
         structure_exit(self.view)
+        kv_count(self.view, KV_C_CLEARED, count)
         return count
 
     def held(self) -> dict[int, int]:

@@ -67,7 +67,10 @@ COUNTERS: dict[str, Shown] = {
     "matched_tokens": Shown("kvbm_tokens_matched", "Tokens found and loaded.", {}),
     "reserved": Shown("kvbm_blocks_reserved", "Blocks that were given a slot.", {}),
     "published": Shown("kvbm_blocks_published", "Blocks that were filled and can be found.", {}),
-    "evicted": Shown("kvbm_blocks_evicted", "Blocks that made room for others.", {}),
+    "evicted": Shown("kvbm_blocks_evicted", "Blocks that left the tier.", {}),
+    "cleared": Shown(
+        "kvbm_blocks_cleared", "Blocks of these that a reset or the controller took out.", {}
+    ),
     "abandoned": Shown("kvbm_blocks_abandoned", "Blocks given back before they were filled.", {}),
     "deduplicated": Shown("kvbm_blocks_deduplicated", "Blocks not stored: they were there.", {}),
     "stores": Shown(*_TRANSFERS, STORED | {"result": "done"}),
