@@ -43,7 +43,7 @@ test-versions: setup  ## the tests against real vLLM on each minor version of it
 test-vllm-units: setup-vllm  ## vLLM's own connector tests with kvbm's; downloads them once
 	@$(RUN) scripts/vllm_unit_tests.py -- $(PYTEST_ARGS)
 
-stress: setup  ## kills, crash and stop points, histories, sanitized builds; SECONDS=60 a part
+stress: setup  ## kills, crash points, corrupt segments, sanitized builds; SECONDS=60 a part
 	@KVBM_STRESS_SECONDS=$(or $(SECONDS),60) $(PYTEST) tests/stress -o timeout=0
 
 soak: setup-vllm  ## real vLLM under random traffic and faults for half an hour, outputs compared

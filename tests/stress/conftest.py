@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import sanitize
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUMMARY = pytest.StashKey[list[str]]()
 
@@ -64,3 +66,15 @@ def on_debug_build() -> Callable[..., dict[str, int]]:
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def thread_build() -> Path:
+    """All of kvbm/_fast with ThreadSanitizer."""
+    return sanitize.build("thread")
+
+
+@pytest.fixture(scope="session")
+def address_build() -> Path:
+    """All of kvbm/_fast with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return sanitize.build("address")

@@ -25,16 +25,25 @@ import numpy as np
 
 from kvbm._fast.control import census, evict_subtrees, find_registered, identify
 from kvbm._fast.copy import HostCopier
+from kvbm._fast.disk_table import DiskTable, FrequencyFilter, raise_epoch
 from kvbm._fast.host_backend import HostBackend
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
-from kvbm._fast.participants import claim_leader, claim_worker, participants
+from kvbm._fast.participants import (
+    claim_leader,
+    claim_worker,
+    engine_counters,
+    participants,
+    usable_disk_slots,
+)
 from kvbm._fast.recovery import recover
 from kvbm._fast.segment import Segment, SegmentFault
+from kvbm._fast.table import BlockTable
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.transfer.arena_layout import ArenaLayout
 from tests.fast.instances import Instance, digests, instance
 from tests.fast.probe import load
+from tests.fast.test_disk_table import headers_of
 
 LEADERS = 3
 SLOTS = 48
@@ -136,10 +145,43 @@ def by_name(table: OperationTable, number: int) -> None:
     anonymous = Keys(digests(1, f"anonymous {number}"))
     for ref, _ in table.reserve(anonymous, 0, 1):
         if not identify(table, ref, Keys(digests(1, "late")), 0) or table.publish([ref]) != 1:
-            deadline = time.monotonic() + DEADLINE_S
-            while not table.abandon_reserved([ref]):  # a recovery, which ends within milliseconds
-                assert time.monotonic() < deadline
+            give_back(table, [ref])
         table.unpin(ref)
+
+
+def give_back(table: BlockTable, refs: list[int]) -> None:
+    """Give reservations back, after a recovery if one is under way, which ends in milliseconds."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not table.abandon_reserved(refs):
+        assert time.monotonic() < deadline
+
+
+def lead_disk(stage: Stage) -> None:
+    """A leader with the disk tier's table: chains from a slab's headers, runs, counts, uses."""
+    segment = stage.attach()
+    stage.claim(lambda: claim_leader(segment, LEADERS), segment)
+    table = DiskTable(segment)
+    uses = FrequencyFilter(least=2, entries=64)
+    number = 0
+    while not stage.over.wait(0.001):
+        number += 1
+        keys = Keys(digests(4, f"slab {number % 5}"))
+        slots = [(7 * number + 11 * i) % SLOTS for i in range(4)]
+        stage.done["restored"] += table.restore(headers_of(keys, slots, number))
+        count, ref = table.match(keys, 0, 4)
+        if ref is not None:
+            assert len(table.slots_of(ref, count)) == count
+            table.unpin(ref)
+        uses.passing(keys, 0, 0, 4)
+        refs = [ref for ref, _ in table.reserve_run(Keys(digests(3, number)), 0, 3, None)]
+        if table.publish(refs) < len(refs):
+            give_back(table, refs)
+        for ref in refs:
+            table.unpin(ref)
+        raise_epoch(table, segment.key_epoch)
+        assert engine_counters(segment)["reserved"] >= 0
+        usable_disk_slots(segment)
+    segment.close()
 
 
 def stop_and_ask(stage: Stage, loop: WorkerLoop, work: object, ended: threading.Event) -> None:
@@ -196,6 +238,15 @@ def lead(stage: Stage, number: int) -> None:
         raise
 
 
+def disk(stage: Stage) -> None:
+    """The disk tier's leader; what goes wrong in it fails the run."""
+    try:
+        lead_disk(stage)
+    except BaseException as error:
+        stage.failures.append(error)
+        raise
+
+
 def recoverer(stage: Stage) -> None:
     """Another process of the instance, which recovers while the others go on."""
     segment = stage.attach()
@@ -207,13 +258,14 @@ def recoverer(stage: Stage) -> None:
 def run(stage: Stage) -> None:
     """Start everybody, wait for the leaders, and check what they leave."""
     leaders = [threading.Thread(target=lead, args=(stage, n)) for n in range(LEADERS)]
-    helper = threading.Thread(target=recoverer, args=(stage,))
-    for thread in (*leaders, helper):
+    helpers = [threading.Thread(target=help_, args=(stage,)) for help_ in (recoverer, disk)]
+    for thread in (*leaders, *helpers):
         thread.start()
     for thread in leaders:
         thread.join()
     stage.over.set()
-    helper.join()
+    for thread in helpers:
+        thread.join()
     if stage.failures:
         raise stage.failures[0]
     recover(stage.one.creator, rebuild=True)

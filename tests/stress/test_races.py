@@ -19,18 +19,7 @@ from tests.stress import races
 
 TURNS = 1500
 LIVES = 4
-
-
-@pytest.fixture(scope="session")
-def thread_build() -> Path:
-    """All of kvbm/_fast with ThreadSanitizer."""
-    return sanitize.build("thread")
-
-
-@pytest.fixture(scope="session")
-def address_build() -> Path:
-    """All of kvbm/_fast with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    return sanitize.build("address")
+BACKENDS = ("disk_backend", "cuda_backend", "cuda_staging", "memory")
 
 
 def watch(kind: str, library: Path, reports: Path, turns: int, lives: int) -> sanitize.Outcome:
@@ -62,11 +51,26 @@ def test_participants_over_one_mapping_are_reported_for_nothing(
     assert did["wrong"] == 0
     assert did["turns"] == races.LEADERS * LIVES * (turns // 4) * 4
     assert did["deaths"] == races.LEADERS * (LIVES - 1) * 2
-    assert min(did[name] for name in ("read", "stored", "loaded", "abandoned")) > 0
+    assert min(did[name] for name in ("read", "stored", "loaded", "abandoned", "restored")) > 0
     summary.append(
         f"{kind} sanitizer: {did['turns']} operations of {races.LEADERS} leaders over one mapping, "
         f"{did['read']} blocks read, {did['deaths']} deaths, 0 reports, {did['wrong']} wrong blocks"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_threads_of_the_backends_are_reported_for_nothing(
+    thread_build: Path, tmp_path: Path, summary: list[str]
+) -> None:
+    """Copy threads of the disk and of a simulated device, and the engine's beside them."""
+    files = [f"tests/fast/test_{name}.py" for name in BACKENDS]
+    words = [sys.executable, str(sanitize.pytest_script()), "-p", "no:cacheprovider", "-q"]
+    words += ["-o", "timeout=600", "-m", "not gpu and not slow", *files]
+    outcome = sanitize.watch("thread", thread_build, tmp_path / "reports", words, capture=True)
+    assert not outcome.reports, "\n".join(outcome.reports)
+    assert outcome.status == 0, outcome.output
+    summary.append(f"thread sanitizer: tests of {', '.join(BACKENDS)}, 0 reports")
 
 
 @pytest.mark.slow
