@@ -2,8 +2,11 @@
 """Closing what a process leaves open when it ends."""
 
 import atexit
+import os
+import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import util as multiprocessing_util
 
 
@@ -38,3 +41,30 @@ def close_at_exit(owner: object, close: Callable[[], None]) -> None:
 
     # Not at exit: `weakref` has a hook of its own there, which could forget the call before it ran.
     weakref.finalize(owner, forget).atexit = False
+
+
+@contextmanager
+def end_asked_for() -> Iterator[Callable[[], None]]:
+    """Take SIGINT and SIGTERM as a wish to end; gives a function that waits for one of them.
+
+    Also where a shell has started the process with SIGINT ignored, as it does in the background,
+    and where the kernel gives the signal to a thread of some library: Python's own waits would not
+    notice that. In the main thread only.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    wakeup = signal.set_wakeup_fd(writes)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(one, lambda *_: None) for one in signals]
+
+    def wait() -> None:
+        os.read(reads, 1)
+
+    try:
+        yield wait
+    finally:
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(reads)
+        os.close(writes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -108,3 +109,35 @@ def test_a_call_after_children_comes_once_and_last(
     assert lines[-2:] == ["child", "end"]
     assert lines.count("end") == 1
     assert "closed" in lines[:-2]
+
+
+WAITING = """
+import signal, sys, threading
+from kvbm.closing import end_asked_for
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts in the background
+# A thread of some library, which lets signals in; the main thread does not.
+ends = threading.Event()
+threading.Thread(target=ends.wait).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+with end_asked_for() as wait:
+    print("ready", flush=True)
+    wait()
+ends.set()
+print("asked to end", signal.getsignal(signal.SIGTERM).name)
+"""
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_wish_to_end_whichever_thread_gets_it(asked_by: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(asked_by)
+        text, _ = process.communicate(timeout=60)
+    assert (process.returncode, text) == (0, "asked to end SIG_DFL\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from kvbm.closing import end_asked_for
 from kvbm.errors import InspectError
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.frame import frame
@@ -167,17 +167,16 @@ def run(instances: Callable[[], Iterable[str]], port: int, address: str) -> None
     InspectError
         The address cannot be listened on.
     """
-    stopping = {signal.SIGINT, signal.SIGTERM}
     try:
         server = PageServer(instances, port, address)
     except OSError as error:
         raise InspectError(f"cannot listen on {address}:{port}: {error.strerror}") from None
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    thread = threading.Thread(target=server.serve_forever, name="kvbm-serve")
-    thread.start()
-    host = f"[{address}]" if ":" in address else address
-    print(f"http://{host}:{server.port}/  (Ctrl-C ends it)", flush=True)
-    signal.sigwait(stopping)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with end_asked_for() as wait:
+        thread = threading.Thread(target=server.serve_forever, name="kvbm-serve")
+        thread.start()
+        host = f"[{address}]" if ":" in address else address
+        print(f"http://{host}:{server.port}/  (Ctrl-C ends it)", flush=True)
+        wait()
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 
+from kvbm.closing import end_asked_for
 from kvbm.config import load_settings
 from kvbm.errors import ConfigError
 from kvbm.instance import instances
@@ -31,11 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError, OverflowError) as error:
         print(f"kvbm.metrics: {error}", file=sys.stderr)
         return 1
-    stopping = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    print(f"serving on {args.address}:{exporter.port}/metrics", flush=True)
-    signal.sigwait(stopping)
-    exporter.close()
+    with end_asked_for() as wait:
+        print(f"serving on {args.address}:{exporter.port}/metrics", flush=True)
+        wait()
+        exporter.close()
     return 0
 
 
