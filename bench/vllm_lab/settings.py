@@ -27,6 +27,26 @@ IMPORT_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 
+# What vLLM needs on a machine with a CUDA device, no network and no compiler of its kernels.
+CUDA_ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    # Triton's attention multiplies float32 in tf32 otherwise, and outputs depend on the batch.
+    "TRITON_F32_DEFAULT": "ieee",
+}
+
+CUDA_GRAPHS: dict[str, Any] = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32],
+    },
+}
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -38,6 +58,7 @@ class EngineSettings:
 
     model: Path
     device: str = "cpu"  # or "cuda"
+    cuda_graphs: bool = False  # whole steps of up to 32 tokens as one graph
     block_size: int = 32  # tokens; vLLM's CPU attention takes multiples of 32
     device_blocks: int = 64  # size of the engine's own cache
     max_model_len: int = 1024
@@ -79,6 +100,8 @@ class EngineSettings:
             arguments["gpu_memory_utilization"] = 0.5
             # FlashAttention has no float32.
             arguments["attention_config"] = {"backend": "TRITON_ATTN"}
+        if self.cuda_graphs:
+            arguments |= CUDA_GRAPHS
         return arguments | self.extra_arguments
 
     def apply_environment(self) -> None:
@@ -91,6 +114,8 @@ class EngineSettings:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; device_blocks decides the size
             if self.worker_processes:
                 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cores()
+        else:
+            os.environ.update(CUDA_ENVIRONMENT)
         os.environ.update(self.environment)
         if self.prepare is not None:
             self.prepare()

@@ -28,17 +28,20 @@ class Lab:
     ----------
     folder : Path
         For the model and the logs.
+    **settings
+        Of all engines, by field of `EngineSettings`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self._folder = folder
-        self._model = make_model(folder / "models", ModelShape())
+        model = make_model(folder / "models", ModelShape())
+        self._settings = EngineSettings(model=model, **settings)
         self._runs = 0
         self._reference: PhaseResult | None = None
 
     def plain(self, **changes: Any) -> EngineSettings:
         """Settings of an engine without a connector."""
-        return replace(EngineSettings(model=self._model), **changes)
+        return replace(self._settings, **changes)
 
     def with_kvbm(
         self, environment: dict[str, str] | None = None, **changes: Any

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -304,7 +304,10 @@ def preempted(driver: Driver, prompts: Sequence[Tokens], hold: bool) -> None:
 
     def preempt_all(tokens: int) -> None:
         driver.step_until(lambda: len(driver.tokens.get("request 0", [()])[0]) >= tokens)
-        driver.llm.reset_prefix_cache(reset_running_requests=True)
+        # With a step in flight vLLM says that it could not empty its own cache, since the blocks of
+        # that step come free after it. The requests are preempted all the same.
+        with suppress(RuntimeError):
+            driver.llm.reset_prefix_cache(reset_running_requests=True)
 
     if hold:
         with driver.copies_held():
