@@ -60,6 +60,7 @@ METHODS = {
         ctas=STAGED_CTAS,
     ),
 }
+METHODS["stores staged"] = METHODS["staged"]._replace(staged_loads_below_bytes=0)
 PATTERNS = ("runs", "descending", "random")
 SWEEP = tuple(
     CopyMethod(0, 0, segments, mib << 20, ahead, streams)
@@ -155,7 +156,9 @@ def method_name(method: CopyMethod) -> str:
     """Return what a method is called in the tables."""
     if method.pitch_bytes:
         return "pitched"
-    return "staged" if method.staged_loads_below_bytes else "batch"
+    if method.staged_loads_below_bytes:
+        return "staged"
+    return "stores staged" if method.staged_stores_below_bytes else "batch"
 
 
 def measure_lane(lane: Lane, pattern: str, rounds: int, big: tuple[float, float]) -> Row:
@@ -354,7 +357,7 @@ def sweep(rounds: int, shapes: tuple[CacheShape, ...], methods: tuple[CopyMethod
             lane.close()
 
 
-def beside(rounds: int, pairs: Sequence[tuple[CacheShape, CopyMethod]]) -> dict[str, object]:
+def beside(rounds: int, pairs: Sequence[tuple[CacheShape, CopyMethod | None]]) -> dict[str, object]:
     """Print how much other work slows down beside copies of random blocks."""
     found: dict[str, object] = {}
     print(
@@ -387,18 +390,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-table", action="store_true")
+    parser.add_argument("--shapes", default="0,1,2,3,4,5,6", help="rows of SHAPES for the table")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--staged-sweep", action="store_true")
     options = parser.parse_args()
     rows: list[Row] = []
     extra: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for shape in () if options.no_table else SHAPES:
+    chosen = () if options.no_table else map(int, options.shapes.split(","))
+    for shape in (SHAPES[i] for i in chosen):
         size = COUNT * shape.block_bytes
         big = big_copies(size, options.rounds)
         print(
             f"{shape.name}: big copies {big[0]:.1f} / {big[1]:.1f}, both {big[2]:.1f}", flush=True
         )
-        for name in ("batch", "pitched") if shape.slab else ("batch", "staged"):
+        for name in ("batch", "pitched") if shape.slab else ("batch", "staged", "stores staged"):
             lane = Lane(shape, BLOCKS, SLOTS, METHODS[name])
             for pattern in PATTERNS:
                 rows.append(measure_lane(lane, pattern, options.rounds, big[:2]))
@@ -409,6 +414,9 @@ def main() -> None:
     if rows:
         show(rows)
     both_ways = [(SHAPES[i], METHODS[name]) for i in (0, 3) for name in ("batch", "staged")]
+    both_ways += [(SHAPES[0], METHODS["stores staged"])]
+    # Slower stores disturb less: one chunk on its way instead of two.
+    both_ways += [(SHAPES[0], METHODS["batch"]._replace(chunks_ahead=1, streams=1))]
     extra |= beside(options.rounds, both_ways)
     if options.sweep:
         sweep(options.rounds, (SHAPES[0], SHAPES[4]), SWEEP)

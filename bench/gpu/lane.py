@@ -129,9 +129,7 @@ class Lane:
         )
         self.backend = CudaBackend(self.device, [copier], [self.method])
         self.name = f"/kvbm-bench-{os.getpid()}"
-        self.segment = Segment.create(
-            self.name, shape_for(slots, 0, 1, 16, True), bytes(32), b"{}", 0o600
-        )
+        self.segment = Segment.create(self.name, shape_for(slots, 0, 1, 16, True), bytes(32), b"{}")
         self.segment.set_ready_slots(0, slots)
         self.leader_segment = Segment.attach(self.name)
         claim_leader(self.leader_segment, 1)
