@@ -13,6 +13,7 @@ import pytest
 
 import kvbm
 from kvbm.config import tunables
+from kvbm.config.kinds import Status
 
 PACKAGE = Path(kvbm.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "migration.md"
@@ -31,6 +32,41 @@ def test_the_variables_exist() -> None:
     known = [t.variable for t in tunables()]
     for name in set(re.findall(r"DYN_KVBM_[A-Z_]+", TEXT)) - {"DYN_KVBM_"}:
         assert any(k == name or (name[-1] == "_" and k.startswith(name)) for k in known), name
+
+
+def rows(pattern: str) -> list[tuple[str, str]]:
+    """Names of the first column of the tables, with the first word of the answer to each."""
+    cells = [line.split("|")[1:3] for line in TEXT.splitlines() if line.startswith("| ")]
+    return [
+        (name, re.split(r"[ ,:;.]", answer.strip())[0])
+        for names, answer in cells
+        for name in re.findall(pattern, names)
+    ]
+
+
+STATUS = {
+    "Yes": Status.SUPPORTED,
+    "New": Status.SUPPORTED,
+    "Accepted": Status.UNNEEDED,
+    "Not": Status.UNNEEDED,
+    "No": Status.UNSUPPORTED,
+}
+
+
+@pytest.mark.parametrize(("name", "answer"), rows(r"DYN_KVBM_[A-Z_]+"))
+def test_the_answer_for_a_variable_is_that_of_the_settings(name: str, answer: str) -> None:
+    statuses = {
+        t.status
+        for t in tunables()
+        if t.variable == name or (name[-1] == "_" and t.variable.startswith(name))
+    }
+    assert statuses == {STATUS[answer]}
+
+
+@pytest.mark.parametrize(("name", "answer"), rows(r"`kvbm\.(\w+)`"))
+def test_a_name_of_the_package_is_there_if_the_answer_is_yes(name: str, answer: str) -> None:
+    is_there = hasattr(kvbm, name) or importlib.util.find_spec(f"kvbm.{name}") is not None
+    assert is_there == (answer == "Yes")
 
 
 @pytest.mark.parametrize("text", TRANSFER_CONFIGS)

@@ -72,7 +72,7 @@ class DynamoConnector(connector.DynamoConnector):
 
     def _wait_for_workers(self) -> None:
         side, deadline = self._leader, time.monotonic() + DEADLINE_S
-        side.leader.wait_for_workers(DEADLINE_S)
+        side.leader.liveness.wait_for_workers(DEADLINE_S)
         slots = side.segment.shape.host_slots
         while any(side.segment.ready_slots(rank) < slots for rank in range(side.ranks)):
             if time.monotonic() > deadline:

@@ -101,12 +101,12 @@ def test_statistics_that_are_not_understood_do_not_end_the_front_end() -> None:
     good = KvbmStats.of({"blocks_loaded": 2}, {"blocks_loaded": 2})
     assert good.aggregate(nonsense) is good
     assert good.data["moved"] == {"blocks_loaded": 2}
-    assert DynamoConnector.build_kv_connector_stats(7).is_empty()  # type: ignore[arg-type]
+    assert DynamoConnector.build_kv_connector_stats(7).is_empty()
 
     registry = CollectorRegistry()
     kinds = {Counter: partial(Counter, registry=registry), Gauge: Gauge, Histogram: Histogram}
     config = SimpleNamespace(kv_transfer_config=None)
-    metrics = KvbmPromMetrics(config, kinds, ["engine"], {0: ["0"]})  # type: ignore[arg-type]
+    metrics = KvbmPromMetrics(config, kinds, ["engine"], {0: ["0"]})
     metrics.observe(nonsense.data, 0)
     metrics.observe(good.data, 7)  # an engine that it does not know
     metrics.observe(good.data, 0)
