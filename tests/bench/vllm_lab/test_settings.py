@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.vllm_lab.settings import KVBM_TRANSFER_CONFIG, EngineSettings
+from bench.vllm_lab.settings import (
+    CUDA_ENVIRONMENT,
+    CUDA_GRAPHS,
+    KVBM_TRANSFER_CONFIG,
+    EngineSettings,
+)
 
 PLAIN = EngineSettings(model=Path("model"))
 
@@ -50,3 +55,18 @@ def test_each_rank_gets_a_core_and_too_few_cores_are_an_error() -> None:
     )
     with pytest.raises(RuntimeError, match=f"tensor_parallel={len(cores) + 1}"):
         many.apply_environment()
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_an_engine_on_a_device_gets_what_that_needs_and_no_cores() -> None:
+    settings = EngineSettings(model=Path("model"), device="cuda", worker_processes=True)
+    settings.apply_environment()
+    assert os.environ.items() >= CUDA_ENVIRONMENT.items()
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+def test_steps_are_graphs_where_they_are_asked_for() -> None:
+    eager = EngineSettings(model=Path("model"), device="cuda")
+    graphs = EngineSettings(model=Path("model"), device="cuda", cuda_graphs=True)
+    assert eager.llm_arguments()["enforce_eager"] is True
+    assert graphs.llm_arguments() == eager.llm_arguments() | CUDA_GRAPHS
