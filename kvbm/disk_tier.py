@@ -60,6 +60,9 @@ DEADLINE_SECS = 30.0
 QUARANTINE_MAX = 16
 """Disk slots that are not used again because a read of them failed."""
 
+DAMAGED_MAX = 64
+"""Blocks that wait to be taken out of the table because a read of them failed."""
+
 
 def _no_slabs(_: int) -> None:
     """Nothing outlives the process."""
@@ -111,6 +114,7 @@ class DiskTier:
         self._candidates: deque[Candidate] = deque(maxlen=CANDIDATES_MAX)
         self._spills: list[Transfer] = []
         self._fetches: list[Transfer] = []
+        self._damaged: deque[tuple[Keys, int]] = deque(maxlen=DAMAGED_MAX)
         self._quarantined: list[int] = []
         self._progress_at = clock()
         self.raise_slabs: Callable[[int], None] = _no_slabs
@@ -316,6 +320,8 @@ class DiskTier:
                 self._fetches.remove(fetch)
                 fetch.after = None
                 self._end_fetch(fetch)
+        if self._damaged:
+            self._retire_damaged()
 
     def _has_ended(self, transfer: Transfer, what: str) -> bool:
         for handle in list(transfer.handles):
@@ -348,6 +354,7 @@ class DiskTier:
                 self.table.cancel(handle)
 
     def _end_fetch(self, fetch: Transfer) -> None:
+        assert self.disk is not None
         arrived = fetch.failed_at is None
         self._count(fetch, arrived, "loads", "loaded", "load_ns")
         if arrived:
@@ -355,20 +362,31 @@ class DiskTier:
             self.reads.read(fetch.blocks * self.flow.block_bytes, secs)
         elif fetch.keys is not None and fetch.failed_at is not None:
             self.failures.avoid(fetch.group, fetch.keys, fetch.failed_at)
-            self._quarantine(fetch.keys, fetch.failed_at)
+            if not fetch.late:  # else it was not the block's fault
+                self._damaged.append((fetch.keys, fetch.failed_at))
+                self.disk.count("check_failures", 1)
         self._release(fetch)
 
-    def _quarantine(self, keys: Keys, position: int) -> None:
-        """Hold a block whose slot could not be read, so that the slot is not used again."""
+    def _retire_damaged(self) -> None:
+        """Take blocks that could not be read out of the table, so that they can be written anew.
+
+        Their slots are kept, so that they are not used again, but for those beyond a number.
+        """
         assert self.disk is not None
-        if len(self._quarantined) >= QUARANTINE_MAX:
-            return
-        count, ref = self.disk.match(keys, 0, position + 1)
-        if ref is not None and count == position + 1:
-            self._quarantined.append(ref)
-            self.disk.count("check_failures", 1)
-        elif ref is not None:
-            self.disk.unpin(ref)
+        for _ in range(len(self._damaged)):
+            keys, position = self._damaged.popleft()
+            done, slot = self.disk.retire(keys, position)
+            if not done:
+                self._damaged.append((keys, position))  # held, perhaps by reads under way
+            if slot is not None:
+                self._quarantined.append(slot)
+        while len(self._quarantined) > QUARANTINE_MAX:
+            self.disk.abandon_reserved([self._quarantined.pop(0)])
+
+    def _end_quarantine(self) -> None:
+        assert self.disk is not None
+        self.disk.abandon_reserved(self._quarantined)
+        self._quarantined.clear()
 
     def _count(self, transfer: Transfer, arrived: bool, kind: str, moved: str, spent: str) -> None:
         assert self.disk is not None
@@ -431,7 +449,8 @@ class DiskTier:
             logger.exception("a slab cannot be written: what is on disk may be found after a start")
             self.health.is_off = True
         self.failures.forget()
-        self._let_go(self._quarantined)
+        self._damaged.clear()
+        self._end_quarantine()
         self.disk.reset()
 
     def close(self) -> None:
@@ -440,5 +459,5 @@ class DiskTier:
             return
         self.stop()
         self.collect()
-        self._let_go(self._quarantined)
+        self._end_quarantine()
         self.disk = None

@@ -54,7 +54,12 @@ class Calls:
                 self.log.append((kind, fd, offset))
                 fault = self.faults.get(kind)
                 result = None if fault is None else fault(offset, fd)
-                return int(real[kind](fd, pieces, count, offset)) if result is None else result
+                if result is not None:
+                    return result
+                token = self.begins(kind, fd, pieces, count, offset)
+                result = int(real[kind](fd, pieces, count, offset))
+                self.ended(kind, token)
+                return result
 
             return _Transfer(call)
 
@@ -62,9 +67,21 @@ class Calls:
             self.log.append(("sync", fd, 0))
             fault = self.faults.get("sync")
             result = None if fault is None else fault(0, fd)
-            return int(libc.fdatasync(fd)) if result is None else result
+            if result is not None:
+                return result
+            token = self.begins("sync", fd, 0, 0, 0)
+            result = int(libc.fdatasync(fd))
+            self.ended("sync", token)
+            return result
 
         self._keep = (transfer("read"), transfer("write"), _Sync(sync))
+
+    def begins(self, kind: str, fd: int, pieces: int, count: int, offset: int) -> int:
+        """Before each call that is let through; a number for `ended`."""
+        return 0
+
+    def ended(self, kind: str, token: int) -> None:
+        """After it."""
 
     @property
     def addresses(self) -> tuple[int, int, int]:
@@ -94,6 +111,8 @@ class DiskRig(Rig):
         Makes what the threads do; plain reads and writes by default.
     memory
         The KV cache.
+    calls
+        The slab's system calls.
     """
 
     def __init__(
@@ -107,11 +126,12 @@ class DiskRig(Rig):
         slots: int = DISK_SLOTS,
         servers: Servers | None = None,
         memory: HostMemory | None = None,
+        calls: Calls | None = None,
     ) -> None:
         super().__init__(instance, memory or HostMemory())
         wanted = Superblock(0, 1, slots, LAYERS * CHUNK, FINGERPRINT)
         self.slab = Slab(SlabFiles(folder, direct=direct), wanted, name)
-        self.calls = Calls()
+        self.calls = calls or Calls()
         self.disk = DiskBatches(
             self.loop.segment,
             self.copies.copiers,

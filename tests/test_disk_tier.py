@@ -416,6 +416,65 @@ def test_damaged_bytes_are_never_served(
     assert counters(engine)["loads_failed"] == 1
 
 
+def test_a_damaged_block_is_written_anew_elsewhere(
+    make_engine: Callable[..., SmallEngine], tmp_path: Path
+) -> None:
+    name = f"disk-tier-{os.getpid()}"
+    engine = make_engine(instance=name, disk_disable_o_direct=True)
+    spill(engine)
+    own = tier(engine)
+    assert own.disk is not None
+    keys = Keys(digests(len(BLOCKS), "a"))
+    flip_everything(tmp_path, name)
+    assert ask(engine, "r", "a") == 0
+    engine.leader.abandon("r")
+    settle(engine)
+    assert own.disk.match(keys, 0, len(BLOCKS)) == (0, None)
+    assert len(own._quarantined) == 1
+    own.failures.forget()
+    spill(engine, value=7)
+    assert ask(engine, "s", "a") == len(BLOCKS)
+    assert load(engine, "s", len(BLOCKS)) == expected(7)
+
+
+def test_slots_are_kept_in_quarantine_up_to_a_number(
+    make_engine: Callable[..., SmallEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kvbm.disk_tier, "QUARANTINE_MAX", 2)
+    name = f"disk-tier-{os.getpid()}"
+    engine = make_engine(instance=name, disk_disable_o_direct=True)
+    for number in range(3):
+        spill(engine, number)
+    flip_everything(tmp_path, name)
+    for number in range(3):
+        assert ask(engine, f"r{number}", number) == 0
+        engine.leader.abandon(f"r{number}")
+    own = tier(engine)
+    assert own.disk is not None
+    assert len(own._quarantined) == 2
+    assert sorted(own.disk.held().values()) == [1, 1]
+    engine.leader.reset()
+    assert own.disk.held() == {}
+
+
+def test_a_read_that_came_too_late_damages_nothing(
+    engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill(engine)
+    own = tier(engine)
+    engine.workers[0].loop.stop()  # type: ignore[union-attr]
+    engine.workers[0]._copies.join(timeout=10)
+    monkeypatch.setattr(kvbm.disk_tier, "DEADLINE_SECS", 0.05)
+    assert ask(engine, "r", "a") == 0
+    own.collect()
+    assert own.disk is not None
+    count, ref = own.disk.match(Keys(digests(len(BLOCKS), "a")), 0, len(BLOCKS))
+    assert count == len(BLOCKS)
+    assert ref is not None
+    own.disk.unpin(ref)
+    assert not own._damaged
+
+
 def test_a_disk_that_keeps_failing_is_left_alone(
     make_engine: Callable[..., SmallEngine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

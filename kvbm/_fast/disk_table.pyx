@@ -19,25 +19,33 @@ from kvbm._fast.blocks cimport (
     ALREADY,
     PUBLISHED,
     Reservation,
+    block_evict,
     block_publish,
     block_reserve,
     monotonic_ns,
     structure_enter,
     structure_exit,
 )
+from kvbm._fast.eviction cimport evictor_offer
 from kvbm._fast.index cimport index_find
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
+    KV_C_EVICTED,
+    KV_HOLDERS_MASK,
     KV_NONE,
     KV_POOL_BLOCKS,
     KV_POOL_HOST,
     kv_block,
+    kv_count,
     kv_mix64,
+    kv_word_children,
     kv_word_generation,
 )
 from kvbm._fast.pool cimport pool_give_back, pool_take_one, pool_take_run
 from kvbm._fast.slab cimport kv_slab_header
 from kvbm._fast.table cimport BlockTable, make_ref
+
+import os
 
 import numpy as np
 
@@ -160,6 +168,61 @@ cdef class DiskTable(BlockTable):
             if kv_u64_load_acquire(&b.digest_lo) != lo or kv_u64_load_acquire(&b.digest_hi) != hi:
                 return False
         return True
+
+    def retire(self, keys: Keys, position: int) -> tuple[bool, int | None]:
+        """Take a block that cannot be read, and what follows it in its chain, out of the table.
+
+        Returns
+        -------
+        tuple
+            Whether the block is not registered any more: False while somebody holds one of these
+            blocks, or where another chain goes on from it. And a reservation under a name that
+            nobody asks for, which keeps the slot from being used; None if there was none to keep.
+        """
+        cdef Py_ssize_t i, at = position, end = position
+        cdef uint64_t lo, hi, word = 0
+        cdef uint32_t block = KV_NONE, slot = KV_NONE, parent = KV_NONE, generation = 0
+        cdef Reservation what
+        name = os.urandom(16)
+        self.segment.check_open()
+        self.mix(keys)
+        if not structure_enter(self.view):
+            return False, None
+        try:
+            while end < keys.count():
+                keys.digest(end, &lo, &hi)
+                if index_find(self.view, lo, hi, False, &word) == KV_NONE:
+                    break
+                end += 1
+            for i in range(end - 1, at - 1, -1):
+                keys.digest(i, &lo, &hi)
+                block = index_find(self.view, lo, hi, False, &word)
+                if (block == KV_NONE or word & KV_HOLDERS_MASK or kv_word_children(word) != 0
+                        or not block_evict(self.view, block, word, &slot, &parent)):
+                    return False, None
+                kv_count(self.view, KV_C_EVICTED, 1)
+                if i != at:
+                    self.give_back(block, slot)
+            if end == at or slot == KV_NONE:
+                return True, None
+            if parent != KV_NONE:
+                evictor_offer(self.view, &self.evictor, parent)
+            memset(&what, 0, sizeof(what))
+            what.digest_lo = int.from_bytes(name[:8], "little")
+            what.digest_hi = int.from_bytes(name[8:], "little")
+            what.parent = KV_NONE
+            if not block_reserve(self.view, block, slot, &what, &generation):
+                self.give_back(block, slot)
+                return True, None
+            self.pins[block] = 1
+            return True, make_ref(block, generation)
+        finally:
+            structure_exit(self.view)
+
+    cdef void give_back(self, uint32_t block, uint32_t slot) noexcept nogil:
+        pool_give_back(self.view, KV_POOL_BLOCKS, block)
+        if slot != KV_NONE:
+            pool_give_back(self.view, KV_POOL_HOST, slot)
 
     def hold_again(self, ref: int) -> int:
         """Hold a block that this leader holds once more; returns `ref`."""

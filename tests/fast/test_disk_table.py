@@ -56,6 +56,49 @@ def test_a_chain_is_found_in_the_slots_of_its_headers(make_instance: Make) -> No
     assert table.held() == {}
 
 
+# ---- blocks that cannot be read ------------------------------------------------------------------
+def test_a_retired_block_is_gone_with_what_follows_and_its_slot_is_not_used_again(
+    make_instance: Make,
+) -> None:
+    table = disk_table(make_instance(host_slots=8))
+    keys = Keys(digests(6))
+    slots = [0, 1, 2, 3, 4, 5]
+    assert table.restore(headers_of(keys, slots)) == 6
+    done, ref = table.retire(keys, 2)
+    assert done
+    assert ref is not None
+    assert matched(table, keys) == 2
+    reserved = table.reserve(Keys(digests(9, "more")), 0, 9)  # evicts what else there is
+    assert sorted(slot for _, slot in reserved) == [0, 1, 3, 4, 5, 6, 7]
+    assert table.abandon_reserved([one for one, _ in reserved])
+    assert table.abandon_reserved([ref])
+    assert table.held() == {}
+    again = table.reserve(Keys(digests(9, "more")), 0, 8)
+    assert sorted(slot for _, slot in again) == list(range(8))
+    assert table.abandon_reserved([one for one, _ in again])
+
+
+def test_a_block_that_is_held_or_has_another_child_is_not_retired(make_instance: Make) -> None:
+    table = disk_table(make_instance(host_slots=16))
+    keys = Keys(digests(4))
+    headers = headers_of(keys, [0, 1, 2, 3])
+    branch = headers_of(Keys(digests(5, "branch")), [4, 5, 6, 7, 8])[4:]
+    branch["parent_lo"], branch["parent_hi"] = headers["digest_lo"][2], headers["digest_hi"][2]
+    assert table.restore(np.concatenate([headers, branch])) == 5
+    _, ref = table.match(keys, 0, 4)
+    assert ref is not None
+    assert table.retire(keys, 1) == (False, None)
+    assert matched(table, keys) == 4
+    table.unpin(ref)
+    assert table.retire(keys, 1) == (False, None)  # the branch hangs on the third
+    assert matched(table, keys) == 3
+
+
+def test_a_block_that_is_gone_needs_no_retirement(make_instance: Make) -> None:
+    table = disk_table(make_instance(host_slots=8))
+    assert table.retire(Keys(digests(3)), 1) == (True, None)
+
+
 def test_blocks_behind_a_gap_are_left_out(make_instance: Make) -> None:
     table = disk_table(make_instance(host_slots=SLOTS))
     keys = Keys(digests(5))
