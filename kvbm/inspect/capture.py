@@ -28,6 +28,7 @@ from kvbm._fast.locks import held_by_other
 from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
+from kvbm.inspect.records import shape_of
 from kvbm.instance import instances, segment_name
 
 SNAPSHOT_FORMAT = 1
@@ -239,8 +240,6 @@ def owner_name(uid: int) -> str:
 
 
 def _slots(data: bytes) -> int:
-    from kvbm.inspect.decode import shape_of
-
     shape = shape_of(data)  # a slot has a block, whose record is as long as a slot's header
     return 0 if shape is None else min(shape.host_slots, len(data) // SLOT_HEADER_BYTES)
 

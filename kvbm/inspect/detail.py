@@ -10,7 +10,8 @@ import numpy as np
 
 from kvbm._fast import contract
 from kvbm.errors import InspectError
-from kvbm.inspect.decode import Segment, part
+from kvbm.inspect.decode import Segment
+from kvbm.inspect.records import part
 from kvbm.inspect.report import Row, block_row, operation_row
 
 LISTED_MAX = 1000

@@ -24,7 +24,7 @@ from kvbm._fast.objects import object_path, open_object
 from kvbm._fast.segment import COUNTER_NAMES, Shape
 from kvbm.errors import InspectError
 from kvbm.inspect.capture import Locks
-from kvbm.inspect.decode import part, record_dtype, shape_of
+from kvbm.inspect.records import part, record_dtype, shape_of
 from kvbm.instance import segment_name
 
 SWEEP_BLOCKS = 4096

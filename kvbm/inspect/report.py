@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm._fast import contract
-from kvbm.inspect.decode import Mask, Segment, name_of, part
+from kvbm.inspect.decode import Mask, Segment, name_of
+from kvbm.inspect.records import part
 
 Row = dict[str, Any]
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from kvbm._fast import contract
 from kvbm.inspect.capture import capture
-from kvbm.inspect.decode import Mask, Segment, part
+from kvbm.inspect.decode import Mask, Segment
+from kvbm.inspect.records import part
 from kvbm.inspect.verify_rest import REST_CHECKS, resting_problem
 from kvbm.inspect.violations import Violation, listed
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm._fast import contract
-from kvbm.inspect.decode import Segment, part
+from kvbm.inspect.decode import Segment
+from kvbm.inspect.records import part
 from kvbm.inspect.violations import Violation, listed
 
 

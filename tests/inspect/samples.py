@@ -11,7 +11,7 @@ import numpy as np
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm.inspect.capture import Capture, capture, write_snapshot
-from kvbm.inspect.decode import record_dtype
+from kvbm.inspect.records import record_dtype
 from tests.fast.instances import Instance, cache, digests
 
 NOW_NS = 1_000_000 * 10**9
@@ -65,7 +65,7 @@ def frozen(taken: Capture) -> Capture:
         return np.frombuffer(data, record_dtype(record), count, section_at)[name]
 
     from kvbm._fast.contract import LINES, sections
-    from kvbm.inspect.decode import shape_of
+    from kvbm.inspect.records import shape_of
 
     shape = shape_of(taken.data)
     assert shape is not None
