@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 SMALL = "not (processes and 8) and not top"
-FILES = ["bench_blocks.py", "bench_events.py", "bench_inspect.py", "bench_match.py"]
+FILES = [
+    "bench_blocks.py",
+    "bench_events.py",
+    "bench_inspect.py",
+    "bench_match.py",
+    "bench_restart.py",
+]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -67,7 +67,7 @@ def build(source: Path, folder: Path, package: Path) -> None:
         source.stem,
         [str(source)],
         include_dirs=[str(package)],
-        extra_compile_args=["-O1", "-std=gnu11", *flags],
+        extra_compile_args=["-O1" if flags else "-O2", "-std=gnu11", *flags],
         extra_link_args=flags,
     )
     modules = cythonize(
