@@ -2,8 +2,8 @@
 """Single steps of a block table, timed one by one in C.
 
 One clock reading a step (the end of one is the beginning of the next), so that a sample has the
-One clock reading a step (the end of one is the beginning of the next): a sample has the cost of
-one reading in it; `clock_cost` measures that. The steps are those that `BlockTable.reserve`,
+cost of one reading in it; `clock_cost` measures that. The steps are those that
+`BlockTable.reserve`, `publish` and `unpin` make of each block.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
