@@ -31,7 +31,7 @@ from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import claim_worker, set_attached
 from kvbm._fast.segment import Segment
 from kvbm._fast.worker_loop import WorkerLoop
-from kvbm.leader import Leader
+from kvbm.leader.leader import Leader
 from kvbm.transfer.arena_layout import ArenaLayout
 
 CHUNK = 64

@@ -26,7 +26,7 @@ from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of
-from kvbm.worker import Worker, WorkerPlace
+from kvbm.worker.worker import Worker, WorkerPlace
 
 __all__ = ["KvbmLeader", "KvbmWorker", "default_engine_id"]
 

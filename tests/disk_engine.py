@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvbm.disk_tier import DiskTier
 from kvbm.instance import remove
+from kvbm.leader.disk_tier import DiskTier
 from tests.leaks import wait_until
 from tests.small_engine import SmallEngine
 

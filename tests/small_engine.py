@@ -19,18 +19,18 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import workers_attached
 from kvbm.config import Settings, load_settings
-from kvbm.disk_opening import DiskOpener, DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import engine_key, is_private, private_instance
-from kvbm.leader import Leader
-from kvbm.recorder import make_leader, open_recorder
-from kvbm.sequences import TrackedSequence
+from kvbm.leader.disk_opening import DiskOpener, DiskSpec, open_disk_tier
+from kvbm.leader.leader import Leader
+from kvbm.leader.recorder import make_leader, open_recorder
+from kvbm.leader.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
 from kvbm.tiers.disk import slab_path
 from kvbm.tiers.host import wait_for_headers
 from kvbm.transfer.geometry import geometry_of_groups
-from kvbm.worker import Worker, WorkerPlace
+from kvbm.worker.worker import Worker, WorkerPlace
 from tests.fast.instances import digests
 from tests.fast.raw_segment import RawSegment
 from tests.leaks import wait_until

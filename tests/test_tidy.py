@@ -153,8 +153,8 @@ def test_each_rule_has_a_breach_that_shows_it_can_fail() -> None:
 @pytest.mark.parametrize(
     ("source", "test"),
     [
-        ("kvbm/leader.py", "tests/test_leader.py"),
-        ("kvbm/leader.py", "tests/test_leader_recovery.py"),
+        ("kvbm/leader/leader.py", "tests/leader/test_leader.py"),
+        ("kvbm/leader/leader.py", "tests/leader/test_leader_recovery.py"),
         ("kvbm/_fast/index.pyx", "tests/fast/test_index.py"),
         ("kvbm/transfer/host.py", "tests/transfer/test_host.py"),
         ("kvbm/inspect/__init__.py", "tests/test_inspect.py"),

@@ -16,10 +16,10 @@ from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import claim_leader, claim_worker, set_disk_slots
 from kvbm._fast.segment import Segment, shape_for
 from kvbm._fast.slab import SLAB_HEADER
-from kvbm.disk_opening import DiskOpener, DiskSpec
-from kvbm.disk_tier import DiskTier
-from kvbm.disk_transfers import DiskFlow
 from kvbm.instance import remove, segment_name
+from kvbm.leader.disk_opening import DiskOpener, DiskSpec
+from kvbm.leader.disk_tier import DiskTier
+from kvbm.leader.disk_transfers import DiskFlow
 from kvbm.tiers.disk import Slab, SlabFiles, Superblock, slab_path
 
 if TYPE_CHECKING:

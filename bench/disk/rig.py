@@ -26,11 +26,11 @@ from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.tiers.disk import Slab, SlabFiles, Superblock
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.nixl import NixlMover, nixl_library
-from kvbm.worker_disk import NIXL_THREADS
+from kvbm.worker.disk import NIXL_THREADS
 
 __all__ = ["BATCH_BLOCKS", "DiskRig"]
 
-BATCH_BLOCKS = 32  # of one operation, as kvbm.disk_tier has it
+BATCH_BLOCKS = 32  # of one operation, as kvbm.leader.disk_tier has it
 DEVICE_BLOCKS = 8
 UNDER_WAY = 16  # operations
 POLL_SECS = 0.0002

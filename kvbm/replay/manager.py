@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a trace through the real block table.
 
-Each request does what the leader does for it (kvbm/leader.py): it matches its prefix, which pins
-it, reserves what is missing, which evicts, publishes, and lets go of it when it has finished, the
-end of the chain first. Only the copies are left out. Time is the trace's own: a request finishes
+Each request does what the leader does for it (kvbm/leader/leader.py): it matches its prefix, which
+pins it, reserves what is missing, which evicts, publishes, and lets go of it when it has finished,
+the end of the chain first. Only the copies are left out. Time is the trace's own: a request ends
 `Pace.seconds` after it has arrived, so nothing depends on how fast this runs, and the same trace
 gives the same decisions, bit for bit; `Outcome.decisions` is a hash of them.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Request traces, in Mooncake's format or as `kvbm.recorder` has written them.
+"""Request traces, in Mooncake's format or as `kvbm.leader.recorder` has written them.
 
 Mooncake's: one JSON object a line and request: ``timestamp`` (ms), ``input_length`` and
 ``output_length`` (tokens), ``hash_ids`` (an id a block of the prompt; equal ids mean equal prefixes
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvbm.errors import TraceError
-from kvbm.recorder import FORMAT
+from kvbm.leader.recorder import FORMAT
 
 
 class Request(NamedTuple):

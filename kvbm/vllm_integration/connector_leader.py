@@ -18,15 +18,15 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment
 from kvbm.closing import close_at_exit
-from kvbm.disk_opening import DiskSpec, open_disk_tier
 from kvbm.fingerprint import Fingerprint
 from kvbm.hashing import TokenChain, engine_hashes_problem, identity_mix, token_chain
 from kvbm.instance import engine_key, is_private, remove, remove_dead_private_instances
-from kvbm.leader import Leader
+from kvbm.leader.disk_opening import DiskSpec, open_disk_tier
+from kvbm.leader.leader import Leader
+from kvbm.leader.recorder import make_leader, open_recorder
+from kvbm.leader.sequences import TrackedSequence
 from kvbm.metrics.cache_stats import CacheStats
 from kvbm.metrics.exporter import start_exporter
-from kvbm.recorder import make_leader, open_recorder
-from kvbm.sequences import TrackedSequence
 from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
 from kvbm.tiers.disk import slab_path

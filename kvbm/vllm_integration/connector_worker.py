@@ -12,7 +12,7 @@ from kvbm.transfer.geometry import geometry_of_groups
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.engine import check_model, instance_of, settings_of
 from kvbm.vllm_integration.stats import WORKER_ERRORS, KvbmStats
-from kvbm.worker import Worker, WorkerPlace
+from kvbm.worker.worker import Worker, WorkerPlace
 
 if TYPE_CHECKING:
     import torch

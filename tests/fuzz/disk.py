@@ -18,7 +18,7 @@ from kvbm._fast.disk_table import FrequencyFilter, raise_epoch
 from kvbm._fast.hashing import xxh3_64
 from kvbm._fast.keys import Keys
 from kvbm._fast.slab import SLAB_HEADER, valid_headers
-from kvbm.disk_opening import common_headers
+from kvbm.leader.disk_opening import common_headers
 from kvbm.tiers.disk import Slab, SlabFiles, Superblock, raise_slab_epoch, read_slab, slab_path
 from kvbm.transfer.arena_layout import ArenaLayout
 from tests.fast.test_disk_table import headers_of

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from kvbm._fast.keys import Keys
-from kvbm.failure_pause import FailurePause
-from kvbm.sequences import GroupBlocks
+from kvbm.leader.failure_pause import FailurePause
+from kvbm.leader.sequences import GroupBlocks
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbm.rates import (
+from kvbm.leader.rates import (
     BURST_SECS,
     FAILURES_IN_A_ROW,
     PAUSE_MAX_SECS,

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from kvbm._fast.keys import Keys
-from kvbm.leader import MATCH_STEPS, STORE_ATTEMPTS
-from kvbm.load_failures import FAILURES_IN_A_ROW
+from kvbm.leader.leader import MATCH_STEPS, STORE_ATTEMPTS
+from kvbm.leader.load_failures import FAILURES_IN_A_ROW
 from tests.engines import MakeEngine
 from tests.fast.instances import digests
 from tests.small_engine import SmallEngine

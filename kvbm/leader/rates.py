@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from kvbm.failure_pause import FailurePause
+from kvbm.leader.failure_pause import FailurePause
 
 logger = logging.getLogger(__name__)
 

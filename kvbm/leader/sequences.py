@@ -10,7 +10,7 @@ from kvbm._fast.keys import Keys
 from kvbm.instance import engine_key
 
 if TYPE_CHECKING:
-    from kvbm.disk_transfers import Promotion
+    from kvbm.leader.disk_transfers import Promotion
 
 
 @dataclass(eq=False)

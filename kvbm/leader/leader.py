@@ -22,13 +22,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
-from kvbm.arrivals import Arrivals
-from kvbm.disk_tier import DiskTier
-from kvbm.late_stores import LateStores
-from kvbm.liveness import Liveness
-from kvbm.load_failures import LoadFailures
-from kvbm.rates import PrefillRate
-from kvbm.sequences import GroupBlocks, TrackedSequence
+from kvbm.leader.arrivals import Arrivals
+from kvbm.leader.disk_tier import DiskTier
+from kvbm.leader.late_stores import LateStores
+from kvbm.leader.liveness import Liveness
+from kvbm.leader.load_failures import LoadFailures
+from kvbm.leader.rates import PrefillRate
+from kvbm.leader.sequences import GroupBlocks, TrackedSequence
 from kvbm.step import LoadOrder, StepMetadata
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-import kvbm.worker_disk
+import kvbm.worker.disk
 from kvbm._fast.disk_batches import DiskBatches
 from kvbm.errors import ConfigError
 from kvbm.transfer.nixl import nixl_library
-from kvbm.worker_disk import WorkerDisk, nixl_backends, slab_files
+from kvbm.worker.disk import WorkerDisk, nixl_backends, slab_files
 from tests.leaks import wait_until
 from tests.small_engine import SmallEngine, settings_for
 
@@ -97,7 +97,7 @@ def test_settings_say_how_slabs_are_made(tmp_path: Path) -> None:
 def test_backends_are_those_that_are_on_if_there_is_a_disk_tier(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kvbm.worker_disk, "nixl_library", lambda: None)
+    monkeypatch.setattr(kvbm.worker.disk, "nixl_library", lambda: None)
     assert nixl_backends(settings_for(8, disk_cache_gb=1.0)) == ()
     assert nixl_backends(settings_for(8, **POSIX)) == ()
     assert nixl_backends(settings_for(8, disk_cache_gb=1.0, **POSIX)) == ("POSIX",)
@@ -111,7 +111,7 @@ def test_a_worker_that_is_to_use_nixl_does_not_start_without_it(
     def missing() -> None:
         raise ConfigError("NIXL is not there")
 
-    monkeypatch.setattr(kvbm.worker_disk, "nixl_library", missing)
+    monkeypatch.setattr(kvbm.worker.disk, "nixl_library", missing)
     with pytest.raises(ConfigError, match="NIXL is not there"):
         make_engine(**POSIX)
 
@@ -140,8 +140,8 @@ def test_where_no_backend_works_the_tier_goes_on_without(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(kvbm.worker_disk, "nixl_library", lambda: None)
-    monkeypatch.setattr(kvbm.worker_disk, "usable_backend", lambda *_: None)
+    monkeypatch.setattr(kvbm.worker.disk, "nixl_library", lambda: None)
+    monkeypatch.setattr(kvbm.worker.disk, "usable_backend", lambda *_: None)
     assert round_trip(make_engine(**POSIX)) == [float(i) for i in range(len(BLOCKS))]
     assert "goes on without NIXL" in caplog.text
 
@@ -171,7 +171,7 @@ def test_failures_are_one_line_in_a_while(
         failing.count = 9
         disk.report()
         assert caplog.text.count("could not be moved") == 1
-        patch.setattr(kvbm.worker_disk, "LOG_SECS", 0.0)
+        patch.setattr(kvbm.worker.disk, "LOG_SECS", 0.0)
         disk.report()
         assert "6 blocks could not be moved" in caplog.text
 
@@ -187,8 +187,8 @@ def test_a_thread_that_hangs_is_named_and_keeps_the_memory_mapped(
         def serve(self) -> None:
             gate.wait(20)
 
-    monkeypatch.setattr(kvbm.worker_disk, "DiskBatches", Hanging)
-    monkeypatch.setattr(kvbm.worker_disk, "END_SECS", 0.05)
+    monkeypatch.setattr(kvbm.worker.disk, "DiskBatches", Hanging)
+    monkeypatch.setattr(kvbm.worker.disk, "END_SECS", 0.05)
     engine = make_engine()
     disk = own_disk(engine)
     assert not disk.close()
@@ -202,13 +202,13 @@ def test_the_end_comes_while_the_slab_is_being_made(
 ) -> None:
     begun = threading.Event()
 
-    class Slow(kvbm.worker_disk.Slab):
+    class Slow(kvbm.worker.disk.Slab):
         def _reserve(self, total: int) -> None:
             begun.set()
             assert wait_until(self._stopping)
             super()._reserve(total)
 
-    monkeypatch.setattr(kvbm.worker_disk, "Slab", Slow)
+    monkeypatch.setattr(kvbm.worker.disk, "Slab", Slow)
     engine = make_engine()
     assert begun.wait(10)
     disk = engine.workers[0]._disk

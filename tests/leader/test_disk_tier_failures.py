@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import kvbm.disk_tier
-import kvbm.worker_disk
+import kvbm.leader.disk_tier
+import kvbm.worker.disk
 from kvbm._fast.keys import Keys
 from kvbm.shared import close_and_remove
 from kvbm.tiers.disk import read_slab, slab_path
@@ -97,7 +97,7 @@ def test_a_damaged_block_is_written_anew_elsewhere(
 def test_slots_are_kept_in_quarantine_up_to_a_number(
     make_engine: Callable[..., SmallEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kvbm.disk_tier, "QUARANTINE_MAX", 2)
+    monkeypatch.setattr(kvbm.leader.disk_tier, "QUARANTINE_MAX", 2)
     name = f"disk-tier-{os.getpid()}"
     engine = make_engine(instance=name, disk_disable_o_direct=True)
     for number in range(3):
@@ -121,7 +121,7 @@ def test_a_read_that_came_too_late_damages_nothing(
     own = tier(engine)
     engine.workers[0].loop.stop()  # type: ignore[union-attr]
     engine.workers[0]._copies.join(timeout=10)
-    monkeypatch.setattr(kvbm.disk_tier, "DEADLINE_SECS", 0.05)
+    monkeypatch.setattr(kvbm.leader.disk_tier, "DEADLINE_SECS", 0.05)
     assert ask(engine, "r", "a") == 0
     own.collect()
     assert own.disk is not None
@@ -157,7 +157,7 @@ def test_a_disk_on_which_nothing_ends_is_switched_off_and_requests_go_on(
     spill(engine)
     engine.workers[0].loop.stop()  # type: ignore[union-attr]  # nobody takes operations any more
     engine.workers[0]._copies.join(timeout=10)
-    monkeypatch.setattr(kvbm.disk_tier, "DEADLINE_SECS", 0.05)
+    monkeypatch.setattr(kvbm.leader.disk_tier, "DEADLINE_SECS", 0.05)
     assert ask(engine, "r", "a") == 0
     assert tier(engine).health.is_off
     assert "the disk tier is off" in caplog.text

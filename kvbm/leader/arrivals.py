@@ -25,8 +25,8 @@ from collections.abc import Callable
 
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import line_is_alive
-from kvbm.rates import PrefillRate
-from kvbm.sequences import TrackedSequence
+from kvbm.leader.rates import PrefillRate
+from kvbm.leader.sequences import TrackedSequence
 
 __all__ = ["SECS_MAX", "TOKENS_MIN", "UNMEASURED_TOKENS_PER_SEC", "Arrivals"]
 

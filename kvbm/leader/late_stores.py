@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from kvbm._fast.operation_table import OperationTable
-from kvbm.sequences import TrackedSequence
+from kvbm.leader.sequences import TrackedSequence
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import claim_leader
 from kvbm._fast.recovery import recover
 from kvbm._fast.segment import Segment
-from kvbm.arrivals import SECS_MAX, TOKENS_MIN, UNMEASURED_TOKENS_PER_SEC, Arrivals
 from kvbm.instance import remove
-from kvbm.load_failures import FAILURES_IN_A_ROW
-from kvbm.sequences import TrackedSequence
+from kvbm.leader.arrivals import SECS_MAX, TOKENS_MIN, UNMEASURED_TOKENS_PER_SEC, Arrivals
+from kvbm.leader.load_failures import FAILURES_IN_A_ROW
+from kvbm.leader.sequences import TrackedSequence
 from tests.engines import MakeEngine
 from tests.fast.instances import digests
+from tests.leader.test_rates import Clock
 from tests.small_engine import BLOCK_TOKENS, SmallEngine, unique_engine_id
-from tests.test_rates import Clock
 
 COUNT = 2 * TOKENS_MIN // BLOCK_TOKENS
 BLOCKS = list(range(COUNT))

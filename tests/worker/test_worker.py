@@ -15,7 +15,7 @@ from kvbm.instance import segment_name
 from kvbm.step import LoadOrder, StepMetadata
 from kvbm.tiers.host import HostArena
 from kvbm.transfer.geometry import geometry_of
-from kvbm.worker import Worker, WorkerPlace
+from kvbm.worker.worker import Worker, WorkerPlace
 from tests.engines import MakeEngine
 from tests.leaks import wait_until
 from tests.small_engine import KvCache, settings_for

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kvbm.worker_disk
+import kvbm.worker.disk
 from kvbm._fast.slab import SLAB_HEADER
-from kvbm.disk_opening import common_headers
 from kvbm.instance import remove
+from kvbm.leader.disk_opening import common_headers
 from kvbm.tiers.disk import slab_path
 from tests.disk_engine import BLOCKS, HOST, ask, disk_engines, expected, load, spill, tier
 from tests.leaks import wait_until
@@ -125,7 +125,7 @@ def test_the_log_says_how_much_was_found(
 def test_the_end_comes_while_the_workers_make_their_slabs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvbm.worker_disk.WorkerDisk, "_open", lambda _: None)
+    monkeypatch.setattr(kvbm.worker.disk.WorkerDisk, "_open", lambda _: None)
     engine = SmallEngine(HOST, disk_cache_override_num_blocks=20, disk_cache_dir=tmp_path)
     assert engine.opener is not None
     assert not engine.opener.wait(0.05)

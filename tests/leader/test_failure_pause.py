@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pause after failures in a row."""
 
-from kvbm.failure_pause import FailurePause
+from kvbm.leader.failure_pause import FailurePause
 
 
 def test_the_pause_doubles_up_to_its_limit_and_a_success_ends_the_row() -> None:

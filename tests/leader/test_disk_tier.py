@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-import kvbm.disk_tier
-import kvbm.worker_disk
+import kvbm.leader.disk_tier
+import kvbm.worker.disk
 from kvbm._fast.disk_batches import DiskBatches
 from kvbm._fast.keys import Keys
 from kvbm._fast.segment import Segment
 from kvbm._fast.slab import SLAB_HEADER
-from kvbm.arrivals import TOKENS_MIN
 from kvbm.instance import remove
+from kvbm.leader.arrivals import TOKENS_MIN
 from kvbm.tiers.disk import PAGE_BYTES, read_slab, slab_path
 from tests.disk_engine import (
     BLOCKS,
@@ -72,9 +72,9 @@ def test_reads_of_a_chain_may_end_in_any_order(
     make_engine: Callable[..., SmallEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, gate = Calls(), threading.Event()
-    monkeypatch.setattr(kvbm.disk_tier, "BATCH_BLOCKS", 2)
+    monkeypatch.setattr(kvbm.leader.disk_tier, "BATCH_BLOCKS", 2)
     with_calls = functools.partial(DiskBatches, calls=calls.addresses)
-    monkeypatch.setattr(kvbm.worker_disk, "DiskBatches", with_calls)
+    monkeypatch.setattr(kvbm.worker.disk, "DiskBatches", with_calls)
     engine = make_engine()
     spill(engine, value=3)
     own = tier(engine)

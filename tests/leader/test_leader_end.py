@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-import kvbm.liveness
+import kvbm.leader.liveness
 from tests.engines import MakeEngine
 from tests.leaks import wait_until
 from tests.small_engine import SmallEngine
@@ -82,7 +82,7 @@ def test_the_death_of_a_worker_turns_the_cache_off(
     engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.store("first", [1, 2])
-    monkeypatch.setattr(kvbm.liveness, "LIVENESS_SECS", 0.0)
+    monkeypatch.setattr(kvbm.leader.liveness, "LIVENESS_SECS", 0.0)
     monkeypatch.setattr(engine.leader.liveness, "_look_at", 0.0)
     assert engine.leader.match(engine.track("second", 2), 0, 2) == 2
     engine.workers[0].close()

@@ -27,10 +27,10 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.objects import open_file
 from kvbm._fast.operation_table import OperationTable
 from kvbm.config import Settings
-from kvbm.disk_tier import DiskTier
 from kvbm.errors import ConfigError
-from kvbm.leader import Leader
-from kvbm.sequences import TrackedSequence
+from kvbm.leader.disk_tier import DiskTier
+from kvbm.leader.leader import Leader
+from kvbm.leader.sequences import TrackedSequence
 
 logger = logging.getLogger(__name__)
 

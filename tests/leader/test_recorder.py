@@ -13,7 +13,7 @@ import pytest
 
 from kvbm._fast.keys import Keys
 from kvbm.errors import ConfigError
-from kvbm.recorder import FORMAT, Recorder, open_recorder
+from kvbm.leader.recorder import FORMAT, Recorder, open_recorder
 from tests.engines import MakeEngine
 from tests.fast.instances import digests
 from tests.leaks import wait_until
@@ -136,7 +136,7 @@ def test_a_record_ends_at_its_size_and_says_so_once(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = started(path, 1000)
-    with caplog.at_level(logging.WARNING, "kvbm.recorder"):
+    with caplog.at_level(logging.WARNING, "kvbm.leader.recorder"):
         for number in range(200):
             recorder.record("n", number=number)
         recorder.close()
@@ -152,9 +152,9 @@ def test_a_full_disk_ends_the_record_and_nothing_else(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
-    monkeypatch.setattr("kvbm.recorder._open", lambda path: (path, full))
+    monkeypatch.setattr("kvbm.leader.recorder._open", lambda path: (path, full))
     recorder = started(path)
-    with caplog.at_level(logging.WARNING, "kvbm.recorder"):
+    with caplog.at_level(logging.WARNING, "kvbm.leader.recorder"):
         recorder.record("lost")
         assert wait_until(lambda: caplog.records, 10)
         recorder.record("lost, too")
@@ -166,7 +166,7 @@ def test_a_full_disk_ends_the_record_and_nothing_else(
 def test_events_that_the_writer_cannot_keep_up_with_are_counted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbm.recorder.QUEUE_EVENTS", 4)
+    monkeypatch.setattr("kvbm.leader.recorder.QUEUE_EVENTS", 4)
     recorder = started(path, 10**9)
     facts = {"blocks": bytes(8 * 20_000)}
     for number in range(200):

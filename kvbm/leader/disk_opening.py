@@ -21,10 +21,10 @@ from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import usable_disk_slots
 from kvbm._fast.segment import Segment
 from kvbm.config import Settings
-from kvbm.disk_tier import DiskTier
-from kvbm.disk_transfers import DiskFlow
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import disk_instance
+from kvbm.leader.disk_tier import DiskTier
+from kvbm.leader.disk_transfers import DiskFlow
 from kvbm.shared import SegmentSpec, open_as_leader
 from kvbm.tiers.disk import Superblock, raise_slab_epoch, read_slab
 

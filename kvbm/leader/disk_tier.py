@@ -28,10 +28,10 @@ from collections.abc import Callable, Sequence
 from kvbm._fast.disk_table import DiskTable, FrequencyFilter, raise_epoch
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
-from kvbm.disk_transfers import Candidate, DiskFlow, Promotion, Transfer
-from kvbm.load_failures import LoadFailures
-from kvbm.rates import DiskHealth, PrefillRate, ReadRate, WriteBudget
-from kvbm.sequences import TrackedSequence
+from kvbm.leader.disk_transfers import Candidate, DiskFlow, Promotion, Transfer
+from kvbm.leader.load_failures import LoadFailures
+from kvbm.leader.rates import DiskHealth, PrefillRate, ReadRate, WriteBudget
+from kvbm.leader.sequences import TrackedSequence
 
 __all__ = ["DiskTier"]
 

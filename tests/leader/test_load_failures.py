@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kvbm._fast.keys import Keys
-from kvbm.load_failures import (
+from kvbm.leader.load_failures import (
     AVOID_MAX,
     AVOID_SECS,
     FAILURES_IN_A_ROW,

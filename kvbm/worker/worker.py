@@ -35,7 +35,7 @@ from kvbm.tiers.host import PAGE_BYTES, ArenaHeader, HostArena
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.backends import Device, RankCopies
 from kvbm.transfer.geometry import KvGeometry
-from kvbm.worker_disk import DiskPlace, WorkerDisk, nixl_backends, slab_files
+from kvbm.worker.disk import DiskPlace, WorkerDisk, nixl_backends, slab_files
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvbm._fast.keys import Keys
-from kvbm.late_stores import LATE_SECS, LateStores
-from kvbm.sequences import GroupBlocks, TrackedSequence
+from kvbm.leader.late_stores import LATE_SECS, LateStores
+from kvbm.leader.sequences import GroupBlocks, TrackedSequence
 from tests.fast.instances import digests
 from tests.small_engine import SmallEngine
 
