@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.leaks import wait_until
+
 READY_S = 60.0
 STEPS_MAX = 20_000
 OUTPUT_TOKENS = 40
@@ -67,8 +69,10 @@ class Driver:
         self.tokens: dict[str, list[Tokens]] = {}
         self.open: set[str] = set()
         self.cached: dict[str, int] = {}
-        if self.worker is not None:  # else the first request may find no slot to be stored in
-            self.worker._reserving.join(READY_S)
+        # Before the arena is ready, the first request may find no slot to be stored in.
+        segment = self.side.segment
+        ranks, slots = range(segment.shape.ranks), segment.shape.host_slots
+        assert wait_until(lambda: all(segment.ready_slots(r) == slots for r in ranks), READY_S)
 
     # ---- requests --------------------------------------------------------------------------------
     def add(
