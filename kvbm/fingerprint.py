@@ -95,3 +95,21 @@ def weights_version(model: str, revision: str | None) -> str:
     files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.blake2b(repr(state).encode(), digest_size=16).hexdigest()
+
+
+def config_version(config: Mapping[str, Any] | None) -> str | None:
+    """Identify what a model's configuration says.
+
+    The weights do not make the KV alone: a rotary base or its scaling, which may be overridden at
+    the start, change it as well. What starts with an underscore, and the version of the library
+    that wrote the file, say nothing about the model.
+    """
+    if config is None:
+        return None
+    kept = {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -11,14 +11,24 @@ from typing import Any
 import pytest
 
 from kvbm._fast.segment import FORMAT_VERSION
-from kvbm.fingerprint import SHOWN_CHARACTERS, Fingerprint, differences, weights_version
+from kvbm.fingerprint import (
+    SHOWN_CHARACTERS,
+    Fingerprint,
+    config_version,
+    differences,
+    weights_version,
+)
 
 VALUES: dict[str, Any] = {"model": "m", "dtype": "float16", "ranks": 2, "geometry": ["a", "b"]}
 
 
+def reversed_dict(values: dict[str, Any]) -> dict[str, Any]:
+    """Make the same dictionary with its keys the other way round."""
+    return dict(reversed(values.items()))
+
+
 def test_equal_values_in_another_order_are_one_fingerprint() -> None:
-    turned = dict(reversed(VALUES.items()))
-    assert Fingerprint(VALUES).digest == Fingerprint(turned).digest
+    assert Fingerprint(VALUES).digest == Fingerprint(reversed_dict(VALUES)).digest
     assert len(Fingerprint(VALUES).digest) == 32
 
 
@@ -55,6 +65,15 @@ def test_weights_of_a_folder_are_other_ones_once_a_file_was_replaced(tmp_path: P
 def test_weights_of_a_name_are_its_revision() -> None:
     assert weights_version("no/such-model", "abc") == "abc"
     assert weights_version("no/such-model", None) == "default"
+
+
+def test_what_a_models_configuration_says_counts() -> None:
+    config = {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    same = {**reversed_dict(config), "_name_or_path": "/elsewhere", "transformers_version": "9"}
+    assert config_version(same) == config_version(config)
+    assert config_version({**config, "rope_theta": 500000.0}) != config_version(config)
+    assert config_version({**config, "rope_scaling": None}) != config_version(config)
+    assert config_version(None) is None
 
 
 def test_only_what_differs_is_shown() -> None:

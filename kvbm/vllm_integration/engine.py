@@ -8,7 +8,7 @@ import vllm
 
 from kvbm.config import Settings, load_settings
 from kvbm.errors import ConfigError
-from kvbm.fingerprint import weights_version
+from kvbm.fingerprint import config_version, weights_version
 from kvbm.instance import private_instance
 
 if TYPE_CHECKING:
@@ -101,10 +101,12 @@ def fingerprint_values(vllm_config: "VllmConfig", block_tokens: int) -> dict[str
         vllm_config.cache_config,
         vllm_config.parallel_config,
     )
+    config = getattr(model, "hf_config", None)
     return {
         "engine": f"vllm {vllm.__version__}",
         "model": str(model.model),
         "weights": weights_version(str(model.model), getattr(model, "revision", None)),
+        "config": config_version(None if config is None else config.to_dict()),
         "dtype": str(model.dtype),
         "quantization": str(getattr(model, "quantization", None)),
         "cache_dtype": str(cache.cache_dtype),

@@ -99,7 +99,7 @@ FIELDS: dict[str, set[str]] = {
         "enable_prefix_caching",
         "prefix_caching_hash_algo",
     },
-    "vllm.config:ModelConfig": {"model", "revision", "dtype", "quantization"},
+    "vllm.config:ModelConfig": {"model", "revision", "hf_config", "dtype", "quantization"},
     "vllm.lora.request:LoRARequest": {"lora_name", "lora_path"},
     "vllm.multimodal.inputs:MultiModalFeatureSpec": {"identifier", "mm_position"},
     "vllm.multimodal.inputs:PlaceholderRange": {"offset", "length"},
@@ -130,8 +130,9 @@ OPTIONAL = {
     "data_parallel_index",
     "kv_cache_report_mode",
 }
-# Of torch, prometheus_client and the standard library.
+# Of torch, transformers, prometheus_client and the standard library.
 FOREIGN = {
+    "to_dict",
     "contiguous",
     "cpu",
     "cuda_stream",
