@@ -16,6 +16,7 @@ from kvbm._fast.segment import Segment
 from kvbm.instance import remove
 from kvbm.tiers.disk import read_slab, slab_path
 from tests.e2e.lab import LAST_TURN, TRAFFIC, Lab, assert_same_outputs, cached_tokens
+from tests.leaks import wait_until
 
 INSTANCE = f"e2e-disk-{os.getpid()}"
 HOST_BLOCKS = 40  # the device has 64, the traffic some hundreds
@@ -128,13 +129,18 @@ def test_a_kill_while_blocks_are_written_leaves_right_blocks_only(
 ) -> None:
     slab_path(folder, INSTANCE, 0).unlink()
     remove(INSTANCE)
+    slab = slab_path(folder, INSTANCE, 0)
+
+    def blocks() -> int:
+        found = read_slab(slab) if slab.exists() else None
+        return 0 if found is None else len(found[1])
+
     with lab.start(settings, [Chat("chat", TRAFFIC)]) as engine:
         engine.wait_for(lambda message: message[0] == "request" and message[2] >= 8, 120.0)
+        assert wait_until(lambda: blocks() > 0, 60.0)
         engine.kill()
     remove(INSTANCE)
-    found = read_slab(slab_path(folder, INSTANCE, 0))
-    assert found is not None
-    assert len(found[1]) > 0
+    assert blocks() > 0
     run = lab.run(settings, last_turn(lab))
     assert_same_outputs(lab.reference(), run["last turn"])
     assert disk_counters()["loads_failed"] == 0

@@ -29,7 +29,7 @@ CORPUS = Path(fuzz.__file__).with_name("corpus.jsonl")
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server whose children have little processor time."""
-    monkeypatch.setattr(server, "CPU_SECS", 0.5)
+    monkeypatch.setattr(server, "CPU_SECS", 3.0)
     with Server() as one:
         yield one
     assert not [*SHM.glob(f"kvbm-fuzz-{os.getpid()}*")]
