@@ -1,33 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reserve, publish, return and evict, a block, with a million blocks in the table.
 
-``pytest bench/bench_blocks.py``; KVBM_BENCH_BLOCKS changes the number of blocks. Groups:
+``pytest bench/bench_blocks.py``; KVBM_BENCH_BLOCKS changes the number of blocks. Calls of 128
+blocks: divide by 128. ``reserve``: from the free pools. ``reserve_evicting``: the table is full, so
+that each block is an eviction and a reservation. ``publish``, ``unpin``: the same blocks
+afterwards. ``reset``: evicts a whole table; divide by the number of blocks. Baseline ``lru``: an
+OrderedDict from hash to slot with a list of free slots, private, the same steps (evict the oldest,
+insert).
 
-one process
-    Calls of 128 blocks; divide by 128. ``reserve``: from the free pools. ``reserve_evicting``: the
-    table is full, so that each block is an eviction and a reservation. ``publish``, ``unpin``: the
-    same blocks afterwards. ``reset``: evicts a whole table; divide by the number of blocks.
-    Baseline ``lru``: an OrderedDict from hash to slot with a list of free slots, private, the same
-    steps (evict the oldest, insert).
-processes-N
-    N processes, each a leader, on one full table: cycles of reserve, publish and return of chains.
-    A table on the terminal has nanoseconds a block: mean and median of calls of 128 blocks, median
-    and P99 of calls of one block, which include the call from Python. Each reservation evicts. The
-    means of more processes than processor cores are those of the scheduler: a call that is
-    interrupted lasts a time slice; such runs show that nothing breaks.
+Many processes on one table: ``python -m bench.segment``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import statistics
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from multiprocessing.synchronize import Barrier
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -37,11 +25,9 @@ from kvbm._fast.operation_table import OperationTable
 
 CALL = min(128, BLOCKS // 16)
 ROUNDS = min(1000, BLOCKS // CALL // 2)
-PROCESSES = [1, 2, 4, 8]
 STEPS = ("reserve", "publish", "unpin")
 
 
-# ---- one process ---------------------------------------------------------------------------------
 @pytest.fixture
 def table() -> Iterator[OperationTable]:
     with segment() as name:
@@ -154,102 +140,3 @@ def test_lru(benchmark: Any, room: str) -> None:
 
     result = benchmark.pedantic(lambda: lru.put(chains[0]), setup=before, rounds=ROUNDS)
     assert result == CALL
-
-
-# ---- several processes ---------------------------------------------------------------------------
-class Timing(NamedTuple):
-    """Nanoseconds a block of one step."""
-
-    batch_mean: float
-    batch_median: float
-    single_median: float
-    single_p99: float
-
-
-def work(name: str, number: int, barrier: Barrier, results: Any) -> None:
-    """One process: cycles of long and of short chains, each call timed."""
-    table = leader(name, 100 + number)
-    long = [Keys(hashes(CALL)) for _ in range(ROUNDS // 4)]
-    short = [Keys(hashes(1)) for _ in range(4 * ROUNDS)]
-    barrier.wait()
-    many = cycles(table, long, CALL)
-    single = cycles(table, short, 1)
-    barrier.wait()
-    table.segment.close()
-    results.put({step: summary(many[step], single[step]) for step in STEPS})
-
-
-def cycles(table: OperationTable, chains: list[Keys], count: int) -> dict[str, list[float]]:
-    """Reserve, publish and return each chain; nanoseconds a block of each call."""
-    spent: dict[str, list[float]] = {step: [] for step in STEPS}
-    clock = time.perf_counter_ns
-    for keys in chains:
-        began = clock()
-        found = table.reserve(keys, 0, count)
-        reserved = clock()
-        refs = [ref for ref, _ in found]
-        publishing = clock()
-        done = table.publish(refs)
-        published = clock()
-        for ref in reversed(refs):
-            table.unpin(ref)
-        ended = clock()
-        assert done == len(refs) == count, (done, len(refs))
-        spent["reserve"].append((reserved - began) / count)
-        spent["publish"].append((published - publishing) / count)
-        spent["unpin"].append((ended - published) / count)
-    return spent
-
-
-def summary(many: list[float], single: list[float]) -> Timing:
-    p99 = statistics.quantiles(single, n=100)[98]
-    return Timing(statistics.fmean(many), statistics.median(many), statistics.median(single), p99)
-
-
-@contextlib.contextmanager
-def workers(name: str, count: int) -> Iterator[tuple[Barrier, Any]]:
-    """Processes that wait at the barrier before and after their work."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(count + 1), context.SimpleQueue()
-    started = [
-        context.Process(target=work, args=(name, number, barrier, results))
-        for number in range(count)
-    ]
-    for process in started:
-        process.start()
-    try:
-        yield barrier, results
-    finally:
-        for process in started:
-            process.join(60)
-            process.kill()
-            process.join()
-            assert process.exitcode == 0
-            process.close()
-        results.close()
-
-
-@pytest.mark.parametrize("count", PROCESSES)
-def test_processes(benchmark: Any, full: OperationTable, capsys: Any, count: int) -> None:
-    benchmark.group = f"processes, {BLOCKS} blocks in all"
-    with workers(full.segment.name, count) as (barrier, results):
-        barrier.wait(120)
-        benchmark.pedantic(barrier.wait, args=(600,), rounds=1)
-        found = [results.get() for _ in range(count)]
-    cores = os.cpu_count()
-    lines = [f"\n{count} processes, {cores} cores; ns a block (goals: average 500, P99 5,000)"]
-    for step in STEPS:
-        timing = Timing(
-            *(statistics.fmean(one[step][i] for one in found) for i in range(len(Timing._fields)))
-        )
-        lines.append(
-            f"  {step:8} calls of {CALL}: mean {timing.batch_mean:6.0f}, median "
-            f"{timing.batch_median:6.0f}; calls of 1: median {timing.single_median:6.0f}, "
-            f"P99 {timing.single_p99:6.0f}"
-        )
-        benchmark.extra_info[step] = timing._asdict()
-    with capsys.disabled():
-        print("\n".join(lines), flush=True)
-    counters = full.segment.counters()
-    assert counters["published"] >= count * ROUNDS * 4
-    assert full.held() == {}
