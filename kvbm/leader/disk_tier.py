@@ -155,6 +155,7 @@ class DiskTier:
         if end > have and self._is_worth(end - have):
             sequence.promoted = True
             sequence.promotion = self._fetch_groups(sequence, have, end, refs)
+            sequence.promoted_from = None if sequence.promotion is None else have
         else:
             self._let_go(refs)
         return sequence.promotion is not None

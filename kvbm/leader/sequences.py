@@ -76,6 +76,8 @@ class TrackedSequence:
         What it waits for to come from a slower tier.
     promoted : bool
         It has been waited for once in this admission.
+    promoted_from : int or None
+        First of the blocks that were waited for; None if none were.
     waits_since, waits_from : float or None, int
         Since when it waits for blocks that somebody stores, and for which block on.
     has_waited : bool
@@ -97,6 +99,7 @@ class TrackedSequence:
     cancelled: bool = False
     promotion: "Promotion | None" = None
     promoted: bool = False
+    promoted_from: int | None = None
     waits_since: float | None = None
     waits_from: int = 0
     has_waited: bool = False
@@ -127,4 +130,10 @@ class TrackedSequence:
             group.device_blocks = []
             group.look_again()
         self.stale = self.load_failed = self.promoted = self.has_waited = False
-        self.waits_since = None
+        self.waits_since = self.promoted_from = None
+
+    def promoted_blocks(self, count: int) -> int:
+        """How many of the first `count` matched blocks came from a slower tier."""
+        if self.promoted_from is None:
+            return 0
+        return min(count, max(0, self.matched_from + count - self.promoted_from))

@@ -298,7 +298,8 @@ class KvConnectorLeader:
             sequence.set_device_blocks(block_ids)
             if blocks > 0:
                 self.leader.load(sequence, blocks)
-                self._known[request.request_id].loaded = blocks
+                known = self._known[request.request_id]
+                known.loaded, known.from_disk = blocks, sequence.promoted_blocks(blocks)
             else:
                 self.leader.drop_match(sequence)
         except Exception:
@@ -315,7 +316,9 @@ class KvConnectorLeader:
                 return False
             sequence = self._sequence(request)  # with its last tokens
             known = self._known[request_id]
-            self._hits.record(0 if sequence.load_failed else known.loaded, 0, known.asked)
+            disk = 0 if sequence.load_failed else known.from_disk
+            host = 0 if sequence.load_failed else known.loaded - disk
+            self._hits.record(host, disk, known.asked)
             computed = request.num_computed_tokens // self.block_tokens if self._stores else 0
             failed = request.status.name == "FINISHED_ERROR"
             return self.leader.finish(request_id, computed, load_failed=failed)

@@ -28,8 +28,9 @@ class KnownRequest:
         How often it was preempted.
     settled : int
         Blocks before this one need no look any more; -1 if that is not known.
-    asked, loaded : int
-        Blocks that the last look-up was about, and that were loaded after it.
+    asked, loaded, from_disk : int
+        Blocks that the last look-up was about, that were loaded after it, and those of these that
+        the look-up had brought from disk.
     """
 
     request: "Request"
@@ -40,3 +41,4 @@ class KnownRequest:
     settled: int = -1
     asked: int = 0
     loaded: int = 0
+    from_disk: int = 0

@@ -124,11 +124,17 @@ def test_what_is_on_disk_is_not_written_again(engine: SmallEngine) -> None:
 def test_a_chain_of_which_the_host_has_a_part_is_completed(engine: SmallEngine) -> None:
     spill(engine, value=3)
     assert ask(engine, "short", "a", 3) == 3
+    assert engine.leader.sequences["short"].promoted_blocks(3) == 3
     engine.leader.abandon("short")
     before = counters(engine)["blocks_loaded"]
     assert ask(engine, "r", "a") == len(BLOCKS)
     assert counters(engine)["blocks_loaded"] == before + len(BLOCKS) - 3
     assert load(engine, "r", len(BLOCKS)) == expected(3)
+    sequence = engine.leader.sequences["r"]
+    assert sequence.promoted_blocks(len(BLOCKS)) == len(BLOCKS) - 3
+    assert sequence.promoted_blocks(2) == 0, "these were in the host tier"
+    sequence.new_admission()
+    assert sequence.promoted_blocks(len(BLOCKS)) == 0
 
 
 def test_blocks_before_the_devices_own_prefix_come_too(engine: SmallEngine) -> None:
@@ -208,7 +214,7 @@ def test_a_write_budget_is_kept(make_engine: Callable[..., SmallEngine]) -> None
 
 
 def test_a_full_disk_tier_evicts(make_engine: Callable[..., SmallEngine]) -> None:
-    engine = make_engine(disk_cache_override_num_blocks=20)
+    engine = make_engine(disk_cache_override_num_blocks=28)  # a spill writes 24 at most
     for number in range(5):
         spill(engine, number, 10 * number)
     assert counters(engine)["evicted"] > 0

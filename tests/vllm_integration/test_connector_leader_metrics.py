@@ -37,6 +37,21 @@ def test_a_scrape_shows_what_the_requests_did(connect: Any) -> None:
     assert value(found, "kvbm_disk_cache_hit_rate") == 0.0
 
 
+def test_blocks_that_a_look_up_brought_from_disk_are_hits_of_the_disk(connect: Any) -> None:
+    port = free_port()
+    engine = connect(metrics=True, metrics_port=port)
+    engine.cache(engine.request("first", PROMPT), BLOCKS, 10)
+    assert wait_until(lambda: engine.step() or engine.side.segment.counters()["published"] == 4)
+    second = engine.request("second", PROMPT)
+    assert engine.matched(second) == 4 * BLOCK
+    engine.side.leader.sequences["second"].promoted_from = 1
+    assert engine.load(second, OTHERS) == 4 * BLOCK
+    engine.scheduler.request_finished(second, OTHERS)
+    found = scrape(port)
+    assert value(found, "kvbm_host_cache_hit_rate") == 0.25
+    assert value(found, "kvbm_disk_cache_hit_rate") == 0.75
+
+
 def test_without_the_setting_nothing_is_served(connect: Any) -> None:
     assert connect().side._exporter is None
 
