@@ -69,8 +69,8 @@ def test_after_kill_9_of_the_engine_core_its_workers_end_and_the_next_one_cleans
         names = engine.mapped_names()
         assert existing_names(names) == list(names) != []
         os.kill(process_named(engine, "EngineCore"), signal.SIGKILL)
-        # The front end of an offline engine may wait for ever for the core's answer.
-        assert wait_until(lambda: engine.processes() == [engine.pid], WORKERS_END_S)
+        # The front end of an offline engine ends as well, or waits for ever for the core's answer.
+        assert wait_until(lambda: set(engine.processes()) <= {engine.pid}, WORKERS_END_S)
         engine.kill()
     run = lab.run(lab.with_kvbm(), Chat("chat", TRAFFIC))
     assert_same_outputs(lab.reference(), run["chat"])
