@@ -17,6 +17,7 @@ from kvbm.events.msgspec_wire import encode_batch  # noqa: E402
 from kvbm.events.zmq_publisher import END  # noqa: E402
 from kvbm.events.zmq_receiver import BatchReceiver  # noqa: E402
 from tests.events.sockets import Publisher, Subscriber  # noqa: E402
+from tests.leaks import wait_until  # noqa: E402
 
 
 @pytest.fixture
@@ -137,7 +138,15 @@ def test_a_publisher_that_is_started_again_is_noticed(stack: ExitStack) -> None:
     first.close()
     again = Publisher()
     again.close()
-    again.sockets = type(again.sockets)(again.log, *endpoints)
+
+    def bound() -> bool:
+        try:  # the port may be another socket's for a moment
+            again.sockets = type(again.sockets)(again.log, *endpoints)
+        except OSError:
+            return False
+        return True
+
+    assert wait_until(bound)
     stack.enter_context(closing(again))
     again.change({7})
     subscriber.publisher = again
