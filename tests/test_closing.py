@@ -47,17 +47,22 @@ class Open:
         self.closed += 1
 
 
-@pytest.mark.parametrize("how", ["self", "fork", "spawn"])
-def test_a_process_and_a_child_of_multiprocessing_close_at_their_end(
-    how: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def output_of(text: str, how: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a program prints that ends in good order."""
     program = tmp_path_factory.mktemp("closing") / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(text)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(program), how]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "closed" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("how", ["self", "fork", "spawn"])
+def test_a_process_and_a_child_of_multiprocessing_close_at_their_end(
+    how: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert "closed" in output_of(PROGRAM, how, tmp_path_factory)
 
 
 def test_an_object_that_is_gone_is_neither_kept_nor_closed() -> None:
@@ -99,13 +104,7 @@ if __name__ == "__main__":
 def test_a_call_after_children_comes_once_and_last(
     how: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    program = tmp_path_factory.mktemp("closing") / "program.py"
-    program.write_text(END_PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(program), how]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.split()
+    lines = output_of(END_PROGRAM, how, tmp_path_factory).split()
     assert lines[-2:] == ["child", "end"]
     assert lines.count("end") == 1
     assert "closed" in lines[:-2]

@@ -26,9 +26,6 @@ from kvbm.inspect.decode import Segment
 from kvbm.inspect.verify import verify as verify_source
 from kvbm.instance import instances
 
-SCHEMA = 1
-"""Moves when a field of `--json` changes its meaning or goes; new fields may come without."""
-
 Row = dict[str, Any]
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -93,7 +90,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_document(what: str, body: Row) -> None:
     """Print one JSON document."""
-    print(json.dumps({"schema": SCHEMA, "command": what, **body}, indent=1))
+    print(json.dumps({"schema": report.SCHEMA, "command": what, **body}, indent=1))
 
 
 def print_rows(what: str, segment: Segment, rows: Iterable[Row], as_json: bool, **more: Any) -> int:
@@ -103,7 +100,7 @@ def print_rows(what: str, segment: Segment, rows: Iterable[Row], as_json: bool, 
         tell_damage(segment)
         return 0
     write = sys.stdout.write
-    head = {"schema": SCHEMA, "command": what, "source": segment.capture.source, **more}
+    head = {"schema": report.SCHEMA, "command": what, "source": segment.capture.source, **more}
     write(json.dumps(head)[:-1] + f', "{what}": [')
     for number, row in enumerate(rows):
         write(("," if number else "") + "\n " + json.dumps(row))

@@ -14,6 +14,9 @@ from kvbm._fast import contract
 from kvbm.inspect.decode import Mask, Segment, name_of
 from kvbm.inspect.records import part
 
+SCHEMA = 1
+"""Moves when a field of `--json` changes its meaning or goes; new fields may come without."""
+
 Row = dict[str, Any]
 
 

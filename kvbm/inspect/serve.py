@@ -24,12 +24,8 @@ from kvbm.closing import end_asked_for
 from kvbm.errors import InspectError
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.frame import frame
+from kvbm.inspect.report import SCHEMA
 
-SCHEMA = 1
-"""As in `kvbm.inspect.cli`, of the two JSON documents."""
-ADDRESS = "127.0.0.1"
-PORT = 6881
-"""Beside the metrics, which upstream serves on 6880."""
 REQUEST_SECS = 2.0
 """A client that sends nothing for so long is let go."""
 
@@ -60,9 +56,7 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = False  # so that closing waits for those that read a segment
 
-    def __init__(
-        self, instances: Callable[[], Iterable[str]], port: int = PORT, address: str = ADDRESS
-    ) -> None:
+    def __init__(self, instances: Callable[[], Iterable[str]], port: int, address: str) -> None:
         self.instances = instances
         self.page = files("kvbm.inspect").joinpath("page.html").read_bytes()
         self._follower = Follower()

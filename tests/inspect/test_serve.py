@@ -40,7 +40,7 @@ BROWSER_OPTIONS = (
 @pytest.fixture
 def server(sample: Sample) -> Iterator[PageServer]:
     """A server of the sample on a free port."""
-    made = PageServer(lambda: [sample.name], 0)
+    made = PageServer(lambda: [sample.name], 0, "127.0.0.1")
     thread = threading.Thread(target=made.serve_forever)
     thread.start()
     try:
