@@ -26,10 +26,10 @@ from kvbm.transfer.method import (
     CHUNKS_AHEAD,
     SEGMENTS,
     STAGED_CHUNKS_AHEAD,
-    STAGED_CTAS,
     STAGED_STREAMS,
     STREAMS,
     CopyMethod,
+    kernel_shape,
 )
 
 COUNT = 512
@@ -43,6 +43,7 @@ SHAPES = (
     CacheShape("MLA, a tensor a layer", 61, 18 << 10),
     CacheShape("MLA, one slab", 61, 18 << 10, slab=True),
     CacheShape("8B bf16, cross-layer", 1, 2 << 20),
+    CacheShape("70B/TP8 bf16, one slab", 80, 8 << 10, slab=True),
 )
 ALWAYS = 1 << 62
 METHODS = {
@@ -57,7 +58,6 @@ METHODS = {
         streams=STAGED_STREAMS,
         staged_loads_below_bytes=ALWAYS,
         staged_stores_below_bytes=ALWAYS,
-        ctas=STAGED_CTAS,
     ),
 }
 METHODS["stores staged"] = METHODS["staged"]._replace(staged_loads_below_bytes=0)
@@ -86,6 +86,14 @@ STAGED_SWEEP = tuple(
         (16, 4, 4, 16),
         (16, 4, 4, 32),
     )
+)
+BESIDE_SWEEP = (
+    *(
+        METHODS["staged"]._replace(chunk_bytes=mib << 20, chunks_ahead=ahead, streams=ahead)
+        for mib, ahead in ((16, 4), (16, 1), (8, 2), (4, 4), (4, 2), (2, 2))
+    ),
+    METHODS["batch"],
+    METHODS["batch"]._replace(chunks_ahead=1, streams=1),
 )
 
 
@@ -132,15 +140,26 @@ def big_copies(size: int, rounds: int) -> tuple[float, float, float]:
     return size / seconds[0] / 1e9, size / seconds[1] / 1e9, 2 * size / seconds[2] / 1e9
 
 
-def device_blocks(pattern: str, seed: int) -> tuple[list[int], list[int]]:
-    """Return two disjoint sets of device blocks."""
+def device_blocks(pattern: str, seed: int, count: int = COUNT) -> tuple[list[int], list[int]]:
+    """Return two disjoint sets of `count` of `blocks_for` device blocks."""
+    blocks = list(range(blocks_for(count)))
     if pattern == "runs":
-        return list(range(COUNT)), list(range(BLOCKS - COUNT, BLOCKS))
+        return blocks[:count], blocks[-count:]
     if pattern == "descending":  # as an engine hands out the blocks of finished requests
-        return list(range(COUNT))[::-1], list(range(BLOCKS - COUNT, BLOCKS))[::-1]
-    blocks = list(range(BLOCKS))
+        return blocks[:count][::-1], blocks[-count:][::-1]
     random.Random(seed).shuffle(blocks)
-    return blocks[:COUNT], blocks[COUNT : 2 * COUNT]
+    return blocks[:count], blocks[count : 2 * count]
+
+
+def blocks_for(count: int) -> int:
+    """Blocks of a KV cache of which `count` are stored and as many others loaded."""
+    return BLOCKS * count // COUNT
+
+
+def fitted(method: CopyMethod, shape: CacheShape) -> CopyMethod:
+    """Return the method with the kernel that the library takes for pieces of this shape."""
+    ctas, threads = kernel_shape(shape.chunk_bytes)
+    return method._replace(ctas=ctas, threads=threads)
 
 
 def cpu_us(lane: Lane, copy: Callable[[], float]) -> tuple[float, float]:
@@ -161,12 +180,14 @@ def method_name(method: CopyMethod) -> str:
     return "stores staged" if method.staged_stores_below_bytes else "batch"
 
 
-def measure_lane(lane: Lane, pattern: str, rounds: int, big: tuple[float, float]) -> Row:
-    """Store and load `COUNT` blocks several times; the bytes are compared in the first round."""
-    size = COUNT * lane.shape.block_bytes
+def measure_lane(
+    lane: Lane, pattern: str, rounds: int, big: tuple[float, float], count: int = COUNT
+) -> Row:
+    """Store and load `count` blocks several times; the bytes are compared in the first round."""
+    size = count * lane.shape.block_bytes
     stores, loads = [], []
     for number in range(rounds + 1):
-        sources, targets = device_blocks(pattern, number)
+        sources, targets = device_blocks(pattern, number, count)
         keys, handles = lane.plan_store(sources)
         stores.append(cpu_us(lane, lambda h=handles: lane.timed(h)))
         lane.collect(handles)
@@ -197,23 +218,36 @@ def measure_lane(lane: Lane, pattern: str, rounds: int, big: tuple[float, float]
     )
 
 
-def both_at_once(lane: Lane, pattern: str, rounds: int) -> float:
-    """GB/s (sum) of a load and a store of `COUNT` blocks each, released together."""
-    size = 2 * COUNT * lane.shape.block_bytes
-    sources, targets = device_blocks(pattern, 99)
+def both_at_once(
+    lane: Lane, pattern: str, rounds: int, *, stores: Lane | None = None, count: int = COUNT
+) -> float:
+    """GB/s (sum) of a load and a store of `count` blocks each, released together.
+
+    The stores may have a lane, and so a copy thread, of their own.
+    """
+    size = 2 * count * lane.shape.block_bytes
+    sources, targets = device_blocks(pattern, 99, count)
     keys, handles = lane.plan_store(sources)
     lane.timed(handles)
     lane.collect(handles)
+    other = stores or lane
 
     def once() -> float:
-        ref, loads = lane.plan_load(keys, targets)
-        _, stores = lane.plan_store(sources)
-        seconds = lane.timed([*loads, *stores])
-        lane.collect([*loads, *stores])
+        ref, loaded = lane.plan_load(keys, targets)
+        _, stored = other.plan_store(sources)
+        begin = time.perf_counter()
+        if stores is not None:
+            stores.release()
+        lane.release()
+        lane.wait(loaded)
+        other.wait(stored)
+        seconds = time.perf_counter() - begin
+        lane.collect(loaded)
+        other.collect(stored)
         lane.table.unpin(ref)
         return seconds
 
-    seconds = median_of(min(rounds, 3), once)
+    seconds = median_of(min(rounds, 5), once)
     lane.table.reset()
     return size / seconds / 1e9
 
@@ -362,9 +396,9 @@ def beside(rounds: int, pairs: Sequence[tuple[CacheShape, CopyMethod | None]]) -
     found: dict[str, object] = {}
     print(
         "\n| shape | method | chunk MiB | ahead | streams | CTAs | work | direction | alone ms "
-        "| beside ms | slow-down | GB/s |"
+        "| beside ms | slow-down | GB/s | lost ms a GB |"
     )
-    print("|" + "---|" * 12)
+    print("|" + "---|" * 13)
     for shape, method in pairs:
         lane = Lane(shape, BLOCKS, SLOTS, method)
         for kind in ("prefill GEMM 8192^3", "decode graph M=32"):
@@ -375,8 +409,10 @@ def beside(rounds: int, pairs: Sequence[tuple[CacheShape, CopyMethod | None]]) -
                     f"| {method.chunks_ahead} | {method.streams} | {method.ctas} | {kind} "
                     f"| {direction}"
                 )
+                lost = (slowed / alone - 1) / speed * 1e3
                 print(
-                    f"| {name} | {alone:.2f} | {slowed:.2f} | {slowed / alone:.3f} | {speed:.1f} |",
+                    f"| {name} | {alone:.2f} | {slowed:.2f} | {slowed / alone:.3f} | {speed:.1f} "
+                    f"| {lost:.2f} |",
                     flush=True,
                 )
                 found[f"beside {name}"] = [alone, slowed, speed]
@@ -393,7 +429,11 @@ def main() -> None:
     parser.add_argument("--shapes", default="0,1,2,3,4,5,6", help="rows of SHAPES for the table")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--staged-sweep", action="store_true")
+    parser.add_argument("--beside-sweep", action="store_true", help="chunks, and nothing else")
     options = parser.parse_args()
+    if options.beside_sweep:
+        beside(options.rounds, [(SHAPES[0], method) for method in BESIDE_SWEEP])
+        return
     rows: list[Row] = []
     extra: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     chosen = () if options.no_table else map(int, options.shapes.split(","))
@@ -404,7 +444,7 @@ def main() -> None:
             f"{shape.name}: big copies {big[0]:.1f} / {big[1]:.1f}, both {big[2]:.1f}", flush=True
         )
         for name in ("batch", "pitched") if shape.slab else ("batch", "staged", "stores staged"):
-            lane = Lane(shape, BLOCKS, SLOTS, METHODS[name])
+            lane = Lane(shape, BLOCKS, SLOTS, fitted(METHODS[name], shape))
             for pattern in PATTERNS:
                 rows.append(measure_lane(lane, pattern, options.rounds, big[:2]))
                 both = both_at_once(lane, pattern, options.rounds)

@@ -8,6 +8,7 @@ leader's part has been done before.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
@@ -35,6 +36,7 @@ from kvbm.transfer.geometry import geometry_of
 from kvbm.transfer.method import CopyMethod, copy_method
 
 TIMEOUT_S = 60.0
+LANES = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Lane:
             geometry.address_table, layout, self.arena, device_blocks=blocks, rank=0, group=0
         )
         self.backend = CudaBackend(self.device, [copier], [self.method])
-        self.name = f"/kvbm-bench-{os.getpid()}"
+        self.name = f"/kvbm-bench-{os.getpid()}-{next(LANES)}"
         self.segment = Segment.create(self.name, shape_for(slots, 0, 1, 16, True), bytes(32), b"{}")
         self.segment.set_ready_slots(0, slots)
         self.leader_segment = Segment.attach(self.name)

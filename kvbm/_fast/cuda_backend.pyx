@@ -68,7 +68,7 @@ from kvbm._fast.cuda_device cimport (
 )
 from kvbm._fast.cuda_marks cimport MARK_UNKNOWN, CudaMarks
 from kvbm._fast.cuda_pieces cimport SEGMENTS_MAX, CudaPieces, Group
-from kvbm._fast.cuda_staging cimport CudaStaging, can_stage
+from kvbm._fast.cuda_staging cimport KV_MOVE_THREADS, CudaStaging, can_stage
 from kvbm._fast.layout cimport KV_ROWS, KV_STORE, kv_operation, kv_row
 
 cdef enum:
@@ -431,10 +431,11 @@ cdef class CudaBackend(CopyBackend):
 cdef int CudaBackend_method(CudaBackend self, Group *group, method) except -1:
     if not (0 < method.segments <= SEGMENTS_MAX and 0 < method.chunk_bytes
             and 0 < method.chunks_ahead < CHUNKS_MAX and 0 < method.streams <= STREAMS_MAX
-            and method.ctas > 0):
+            and method.ctas > 0 and 0 < method.threads <= KV_MOVE_THREADS):
         raise ValueError(
             f"{method} is not allowed: segments 1 to {SEGMENTS_MAX}, chunks_ahead 1 to "
-            f"{CHUNKS_MAX - 1}, streams 1 to {STREAMS_MAX}, chunk_bytes and ctas 1 or more")
+            f"{CHUNKS_MAX - 1}, streams 1 to {STREAMS_MAX}, chunk_bytes and ctas 1 or more, "
+            f"threads 1 to {KV_MOVE_THREADS}")
     group.pitch = method.pitch_bytes
     group.pitched_below = method.pitched_below_bytes
     group.segments = method.segments
@@ -446,6 +447,8 @@ cdef int CudaBackend_method(CudaBackend self, Group *group, method) except -1:
                                                   group.staged_stores_below):
             self.stage_bytes = max(self.stage_bytes, group.chunk_rows * group.copier.block_bytes)
     group.ctas = method.ctas
+    group.threads = method.threads
+    self.loads_first = method.loads_first
     self.chunks_ahead = method.chunks_ahead
     self.stream_count = method.streams
     return 0
@@ -455,14 +458,17 @@ cdef int CudaBackend_open(CudaBackend self) except -1:
     cdef CudaDevice device = self.device
     cdef Direction **directions = [&self.loads, &self.stores]
     cdef Direction *direction
-    cdef int least = 0, greatest = 0
+    cdef int least = 0, greatest = 0, priority
     cdef uint32_t i
     device.enter()
     device.check("cuCtxGetStreamPriorityRange", self.cuda.priority_range(&least, &greatest))
     for direction in directions[:2]:
+        priority = least  # lower numbers are higher priorities
+        if self.loads_first and direction == &self.loads:
+            priority = max(greatest, least - 1)
         for i in range(STREAMS_MAX):
             device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
-                &direction.streams[i], KV_CU_STREAM_NON_BLOCKING, least))
+                &direction.streams[i], KV_CU_STREAM_NON_BLOCKING, priority))
         for i in range(CHUNKS_MAX):
             device.make_event(&direction.copied[i])
             device.make_event(&direction.chunk[i])

@@ -167,7 +167,6 @@ cdef class CudaStaging:
         cdef uint8_t *host
         cdef int error
         memset(&copy, 0, sizeof(copy))
-        copy.height = move.regions
         while row < move.rows:
             n, slot = move.row[row].pitch, self.slots[row]
             host = slot_piece(&copier.arena, region, slot)
@@ -175,7 +174,10 @@ cdef class CudaStaging:
                 copier.arena.group_slots,
                 copier.arena.slots - slot // copier.arena.group_slots * copier.arena.group_slots)
             staged = move.staging + move.row[row].first * chunk
-            copy.width = n * chunk
+            copy.width, copy.height = n * chunk, move.regions
+            if copy.width == pitch:  # a whole group of slots: one long piece
+                copy.width, copy.height = n * chunk * move.regions, 1
+                pitch = copy.width
             if move.to_staging:
                 copy.source_kind, copy.to_kind = KV_CU_MEMORY_DEVICE, KV_CU_MEMORY_HOST
                 copy.source_device, copy.source_pitch = staged, copy.width
@@ -197,7 +199,7 @@ cdef class CudaStaging:
         cdef int error
         if self.move.rows == 0:
             return KV_CU_SUCCESS
-        error = self.cuda.launch(self.kernel, self.group.ctas, 1, 1, KV_MOVE_THREADS, 1, 1, 0,
+        error = self.cuda.launch(self.kernel, self.group.ctas, 1, 1, self.group.threads, 1, 1, 0,
                                  self.stream, &parameters, NULL)
         kv_u64_tally(&self.calls, 1)
         kv_u64_tally(&self.kernels, 1)

@@ -21,7 +21,7 @@
 
 enum { OK = 0, INVALID_VALUE = 1, NOT_READY = 600, NOT_SUPPORTED = 801 };
 enum { COPY, RECORD, WAIT, FILL, MOVE };
-enum { COMMANDS = 1 << 16, STREAMS = 16, SPANS = 256 };
+enum { COMMANDS = 1 << 16, STREAMS = 24, SPANS = 256 };
 
 typedef struct { uint64_t recorded, reached; } event;
 typedef struct {
@@ -48,7 +48,7 @@ static stream streams[STREAMS]; /* 0 is the null stream */
 static int stream_count = 1, held, held_kernel, waits_ignored, batches = 1;
 static span registered[SPANS], allocations[SPANS];
 static int registered_count, allocation_count, events_alive, contexts_alive, streams_alive;
-static int memories_alive, modules_alive, kernels_launched;
+static int memories_alive, modules_alive, kernels_launched, priorities;
 static char failing[64];
 static int fail_after, fail_times, fail_error;
 
@@ -160,12 +160,13 @@ static int stream_create(stream **s, unsigned int flags, int priority) {
     int free_one = 0;
     for (int i = 1; i < STREAMS && !free_one; i++)
         if (streams[i].commands == NULL) free_one = i;
-    if (flags != 1 || priority != 0 || !free_one) error = INVALID_VALUE;
+    if (flags != 1 || priority > 0 || priority < -5 || !free_one) error = INVALID_VALUE;
     if (error == OK) {
         *s = &streams[free_one];
         (*s)->commands = calloc(COMMANDS, sizeof(command));
         if (free_one >= stream_count) stream_count = free_one + 1;
         streams_alive++;
+        priorities += priority;
     }
     LEAVE;
 }
@@ -323,7 +324,8 @@ static int launch(const void *function, unsigned int grid_x, unsigned int grid_y
     ENTER("cuLaunchKernel");
     const kv_move *move = parameters[0];
     if (function == NULL || extra != NULL || shared_bytes != 0 || grid_x == 0 ||
-        block_x != KV_MOVE_THREADS || grid_y * grid_z * block_y * block_z != 1 ||
+        block_x == 0 || block_x > KV_MOVE_THREADS || block_x % 32 != 0 ||
+        grid_y * grid_z * block_y * block_z != 1 ||
         move->rows > KV_MOVE_ROWS_MAX || move->regions > KV_MOVE_REGIONS_MAX)
         error = INVALID_VALUE;
     if (error == OK) {
@@ -371,6 +373,7 @@ int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64
 void fake_reset(int with_batches) {
     batches = with_batches;
     allocation_count = held = held_kernel = waits_ignored = fail_times = kernels_launched = 0;
+    priorities = 0;
 }
 void fake_hold(int on) { pthread_mutex_lock(&lock); held = on; pthread_mutex_unlock(&lock); }
 void fake_hold_kernel(int number) {
@@ -398,6 +401,7 @@ void fake_kernel(uint8_t *to, int value, size_t bytes) {
     c->bytes = bytes;
     pthread_mutex_unlock(&lock);
 }
+int fake_priorities(void) { return priorities; }
 void fake_run(void) { pthread_mutex_lock(&lock); advance(); pthread_mutex_unlock(&lock); }
 int fake_alive(void) {
     return registered_count + events_alive + contexts_alive + streams_alive + memories_alive +

@@ -66,6 +66,11 @@ class FakeCuda:
         self._library.fake_fail(symbol.encode(), after, times, error)
 
     @property
+    def priorities(self) -> int:
+        """Sum of the priorities of all streams that were made; lower ones go first."""
+        return int(self._library.fake_priorities())
+
+    @property
     def alive(self) -> int:
         """What was made on the device, or registered with it, and still exists."""
         return int(self._library.fake_alive())
