@@ -19,7 +19,7 @@ FIO_ENGINES = ("psync", "libaio", "io_uring")
 
 
 class PlainDisk:
-    """Blocks of a slab that nobody else uses.
+    """Blocks of a slab that nobody else writes.
 
     Parameters
     ----------
@@ -31,14 +31,22 @@ class PlainDisk:
         As large as one half.
     threads : int
         Threads that read and write.
+    written : bool
+        The slots have been written; they are now otherwise, so that no read meets a hole.
     """
 
     def __init__(
-        self, slab: Slab, slots: list[list[int]], memory: memoryview, threads: int
+        self,
+        slab: Slab,
+        slots: list[list[int]],
+        memory: memoryview,
+        threads: int,
+        *,
+        written: bool = False,
     ) -> None:
         self._slab, self._slots, self._memory = slab, list(slots), memory
         self._threads = threads
-        for _ in slots:
+        for _ in () if written else slots:
             self.write()
 
     def _each(self, call: Callable[..., int], sync_every: int = 0) -> None:

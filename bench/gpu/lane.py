@@ -66,15 +66,15 @@ class CacheShape:
         return self.layers * self.chunk_bytes
 
 
-def make_tensors(shape: CacheShape, blocks: int) -> dict[str, Any]:
+def make_tensors(shape: CacheShape, blocks: int, device: str = "cuda") -> dict[str, Any]:
     """Allocate a KV cache with random bytes."""
     size = (blocks, shape.chunk_bytes)
     if shape.slab:
-        whole = torch.randint(0, 256, (shape.layers, *size), dtype=torch.uint8, device="cuda")
+        whole = torch.randint(0, 256, (shape.layers, *size), dtype=torch.uint8, device=device)
         layers = list(whole)
     else:
         layers = [
-            torch.randint(0, 256, size, dtype=torch.uint8, device="cuda")
+            torch.randint(0, 256, size, dtype=torch.uint8, device=device)
             for _ in range(shape.layers)
         ]
     return {f"layers.{i}": layer for i, layer in enumerate(layers)}
