@@ -10,6 +10,6 @@ what can be read of it.
     report.py, tree.py, detail.py   what the commands show, as plain data
     verify.py    the invariants
     picture.py   a map of the tiers
-    live.py      a mapped segment that is looked at again and again; top.py, top_view.py
+    live.py      an open segment that is looked at again and again; top.py, top_view.py
     cli.py       the command line; text.py prints
 """

@@ -15,7 +15,7 @@ from kvbm.inspect.live import LiveSegment, Rates
 
 
 class Follower:
-    """Maps segments when they are asked for, and again where there is a new one; close it.
+    """Opens segments when they are asked for, and again where there is a new one; close it.
 
     Not for several threads at once.
     """
@@ -49,10 +49,10 @@ class Follower:
             return None
 
     def keep(self, instances: Collection[str]) -> None:
-        """Unmap all others."""
+        """Close all others."""
         for name in [name for name in self._open if name not in instances]:
             self._open.pop(name)[0].close()
 
     def close(self) -> None:
-        """Unmap all; a later look maps again."""
+        """Close all; a later look opens them again."""
         self.keep(())

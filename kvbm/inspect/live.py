@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A live segment that is looked at again and again: mapped for reading, decoded in small steps.
+"""A live segment that is looked at again and again: read where it is, decoded in small steps.
 
 What a look costs does not grow with the segment: counters, pools and operations are read whole, the
-block table is swept a piece a look. The map is the one of any participant, but read-only, and
-without a lock or a line.
+block table is swept a piece a look. It is read with `pread`, not through a mapping, without a lock
+or a line: nothing that others do to the object, not even cutting it off, ends who looks.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from collections import deque
@@ -33,6 +32,9 @@ LOCKS_SECS = 1.0
 """How often the kernel is asked who is alive."""
 WINDOWS = (1, 10, 60)
 """Seconds over which rates are shown."""
+
+WHOLE_BLOCKS = 1 << 16
+"""Blocks that are read at once where the whole table is wanted."""
 
 Counters = npt.NDArray[np.uint64]
 
@@ -60,7 +62,7 @@ class Sweep:
 
 
 class LiveSegment:
-    """A mapped segment; close it, or use it as a context manager.
+    """An open segment; close it, or use it as a context manager.
 
     Parameters
     ----------
@@ -83,7 +85,6 @@ class LiveSegment:
             self._fd = open_object(name, os.O_RDONLY, trusted=False)
         except OSError as error:
             raise InspectError(f"{object_path(name)}: {error.strerror}") from None
-        self._map: mmap.mmap | None = None
         try:
             self._open()
         except BaseException:
@@ -99,30 +100,25 @@ class LiveSegment:
             raise InspectError(f"{self.instance} cannot be followed: its header is damaged")
         if state.st_blocks * 512 < size:  # or reading it would fill the machine's memory
             raise InspectError(f"{self.instance} cannot be followed: it has holes")
-        self._map = mmap.mmap(self._fd, size, access=mmap.ACCESS_READ)
         self.shape: Shape = shape
         self._sections = sections
-        self.header: Any = self._array("header")[0]
-        found = int(self.header["format_version"]), int(self.header["layout_check"])
+        header = self.header
+        found = int(header["format_version"]), int(header["layout_check"])
         if found != (contract.FORMAT_VERSION, contract.LAYOUT_CHECK):
             raise InspectError(f"{self.instance} has another format: {found}")
-        self.participants = self._array("participants")
-        self._values: Counters = self._array("counters")["value"]
-        self._operations = self._array("operations")
-        self._rings = self._array("rings")
-        self._pools = {name: self._array(f"pool.{name}") for name in contract.POOLS.values()}
-        self._blocks = self._array("blocks")
-        self._cold = self._array("cold")
         self._locks = Locks.of(self._fd)
         self._locks_at = time.monotonic()
 
-    def _array(self, name: str) -> Any:
+    def _read(self, name: str, begin: int = 0, count: int | None = None) -> Any:
+        """Read records of a section, all after `begin` if no number is given."""
         section: Section = self._sections[name]
-        assert self._map is not None
         dtype = record_dtype(section.record)
-        if section.length == 0:
-            return np.zeros(0, dtype)
-        return np.frombuffer(self._map, dtype, section.length, section.offset)
+        count = section.length - begin if count is None else count
+        size = count * dtype.itemsize
+        data = os.pread(self._fd, size, section.offset + begin * dtype.itemsize)
+        if len(data) != size:
+            raise InspectError(f"{self.instance} was cut off")
+        return np.frombuffer(data, dtype)
 
     def __enter__(self) -> LiveSegment:
         return self
@@ -131,14 +127,7 @@ class LiveSegment:
         self.close()
 
     def close(self) -> None:
-        """Unmap; may be called twice."""
-        for name in ("header", "participants", "_values", "_operations", "_rings", "_pools"):
-            self.__dict__.pop(name, None)
-        self.__dict__.pop("_blocks", None)
-        self.__dict__.pop("_cold", None)
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        """Close; may be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -149,23 +138,35 @@ class LiveSegment:
         return os.fstat(self._fd).st_nlink > 0
 
     # ---- looks -----------------------------------------------------------------------------------
+    # Each may raise InspectError: somebody has cut the object off.
+    @property
+    def header(self) -> Any:
+        """The header, as it is now."""
+        return self._read("header")[0]
+
+    @property
+    def participants(self) -> Any:
+        """The participant lines, as they are now."""
+        return self._read("participants")
+
     def counters(self) -> dict[str, int]:
         """Counters, summed over all lines."""
-        total = self._values.sum(axis=0)
+        total = self.line_counters().sum(axis=0)
         return {name: int(total[i]) for i, name in enumerate(COUNTER_NAMES)}
 
     def line_counters(self) -> Counters:
         """Counters of each line: [line, counter]."""
-        return self._values.copy()
+        values: Counters = self._read("counters")["value"]
+        return values
 
     def pools(self) -> dict[str, tuple[int, int]]:
         """Used and all records or slots of each pool that has any."""
         sizes = {"blocks": self.shape.block_capacity, "host": self.shape.host_slots}
         found = {}
-        for name, words in self._pools.items():
+        for name in contract.POOLS.values():
             total = sizes.get(name, self.shape.disk_slots)
             if total:
-                found[name] = (total - contract.free_count(words), total)
+                found[name] = (total - contract.free_count(self._read(f"pool.{name}")), total)
         return found
 
     def locks(self) -> Locks:
@@ -181,7 +182,7 @@ class LiveSegment:
 
     def queued(self, leader: int, rank: int) -> int:
         """Entries that a worker has not taken from its ring."""
-        ring = self._rings[leader * self.shape.ranks + rank]
+        ring = self._read("rings", leader * self.shape.ranks + rank, 1)[0]
         return (int(ring["head"]) - int(ring["tail"])) & 0xFFFFFFFF
 
     def in_flight(self) -> list[tuple[int, int, int, int, int]]:
@@ -189,7 +190,7 @@ class LiveSegment:
         found = []
         size = contract.OPERATIONS_PER_LEADER
         for leader in [line for line in self.lines() if line < contract.LEADERS]:
-            mine = self._operations[leader * size : (leader + 1) * size]
+            mine = self._read("operations", leader * size, size)
             states = part(mine["word"], "operation", "state")
             for place in np.flatnonzero(states):
                 one = mine[place]
@@ -199,20 +200,24 @@ class LiveSegment:
 
     def sweep(self, count: int = SWEEP_BLOCKS) -> Sweep:
         """Read the next piece of the block table; returns what the last whole turn has found."""
-        begin, end = self._at, min(self._at + count, len(self._blocks))
-        self._sweep_piece(self._blocks["word"][begin:end].copy(), begin)
-        self._at = end
-        if end == len(self._blocks):
+        begin, length = self._at, self.shape.block_capacity
+        self._at = min(begin + count, length)
+        self._sweep_piece(self._read("blocks", begin, self._at - begin), begin)
+        if self._at == length:
             self.swept, self._found, self._at = self._found, Sweep(), 0
         return self.swept
 
     def sweep_all(self) -> Sweep:
         """Read the whole block table at once: some milliseconds for a million blocks."""
         self._at, self._found = 0, Sweep()
-        return self.sweep(max(1, len(self._blocks)))
+        self.sweep(WHOLE_BLOCKS)
+        while self._at != 0:
+            self.sweep(WHOLE_BLOCKS)
+        return self.swept
 
-    def _sweep_piece(self, words: Counters, begin: int) -> None:
+    def _sweep_piece(self, blocks: Any, begin: int) -> None:
         found = self._found
+        words: Counters = blocks["word"].copy()
         states = part(words, "block", "state")
         counts = np.bincount(states, minlength=8)
         found.states = [a + int(b) for a, b in zip(found.states, counts, strict=True)]
@@ -228,14 +233,14 @@ class LiveSegment:
             return
         for place in places[np.argsort(-children[places], kind="stable")][:5].tolist():
             block = begin + place
-            position = int(self._cold["position"][block])
-            tick = int(part(self._blocks["recency"][block], "recency", "tick"))
+            position = int(self._read("cold", block, 1)["position"][0])
+            tick = int(part(blocks["recency"][place], "recency", "tick"))
             found.branching.append((int(children[place]), block, position, tick))
         found.branching = sorted(found.branching, reverse=True)[:5]
 
     def digest(self, block: int) -> str:
         """Digest of a block, hexadecimal."""
-        record = self._blocks[block]
+        record = self._read("blocks", block, 1)[0]
         low, high = int(record["digest_lo"]), int(record["digest_hi"])
         return low.to_bytes(8, "little").hex() + high.to_bytes(8, "little").hex()
 

@@ -95,7 +95,7 @@ class PageServer(ThreadingHTTPServer):
             return frame(*self._follower.look(instance))
 
     def server_close(self) -> None:
-        """Stop listening and unmap."""
+        """Stop listening, and close what is followed."""
         super().server_close()
         with self._lock:
             self._follower.close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from kvbm._fast import contract
 from kvbm._fast.segment import COUNTER_NAMES
+from kvbm.errors import InspectError
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.live import LiveSegment
 from kvbm.instance import disk_instance
@@ -56,7 +58,7 @@ class InstanceCollector(Collector):
             return list(self._collect())
 
     def close(self) -> None:
-        """Unmap everything; a later `collect` maps it again."""
+        """Close everything; a later `collect` opens it again."""
         with self._lock:
             self._follower.close()
 
@@ -73,12 +75,13 @@ class InstanceCollector(Collector):
             gauges["kvbm_up"].add_metric([name], float(live is not None))
             if live is None:
                 continue
-            lines.add(live, name, HOST)
-            fill_gauges(live, gauges)
-            disk = self._follower.find(disk_instance(name)) if live.shape.disk_slots else None
-            if disk is not None:
-                lines.add(disk, name, DISK)
-                fill_slots(disk, gauges, name, DISK)
+            with contextlib.suppress(InspectError):  # cut off at this moment: what was read stands
+                lines.add(live, name, HOST)
+                fill_gauges(live, gauges)
+                disk = self._follower.find(disk_instance(name)) if live.shape.disk_slots else None
+                if disk is not None:
+                    lines.add(disk, name, DISK)
+                    fill_slots(disk, gauges, name, DISK)
         yield from lines.upstream()
         yield from lines.families()
         yield from gauges.values()

@@ -50,7 +50,7 @@ class Exporter:
         self.port = int(self._server.server_port)
 
     def close(self) -> None:
-        """Stop serving and unmap; may be called twice."""
+        """Stop serving; may be called twice."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -80,7 +80,7 @@ def files(world: World, random: Random) -> None:
 
 
 def follow(world: World, random: Random) -> None:
-    """The live view, on the terminal and as a web page, which has the segment mapped."""
+    """The live view, on the terminal and as a web page."""
     with LiveSegment(world.instance) as live:
         rates = Rates(0)
         for turn in range(2):

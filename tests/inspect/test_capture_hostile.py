@@ -16,7 +16,8 @@ from kvbm._fast.objects import object_path
 from kvbm.errors import InspectError
 from kvbm.inspect.capture import capture
 from kvbm.inspect.decode import Segment
-from kvbm.inspect.live import LiveSegment
+from kvbm.inspect.frame import frame
+from kvbm.inspect.live import LiveSegment, Rates
 from kvbm.instance import arena_name, segment_name
 from tests.fast.instances import run_in_fork
 from tests.fast.raw_segment import AT_SHAPE
@@ -91,6 +92,40 @@ def test_a_live_view_follows_no_segment_of_holes(sample: Sample, path: Path) -> 
     os.truncate(path, len(capture(sample.name).data))
     with pytest.raises(InspectError, match="it has holes"):
         LiveSegment(NAME)
+
+
+LOOKS: dict[str, Callable[[LiveSegment], object]] = {
+    "header": lambda live: live.header["tick"],
+    "participants": LiveSegment.lines,
+    "counters": LiveSegment.counters,
+    "pools": LiveSegment.pools,
+    "rings": lambda live: live.queued(0, 0),
+    "operations": LiveSegment.in_flight,
+    "blocks": LiveSegment.sweep,
+    "whole table": LiveSegment.sweep_all,
+    "digest": lambda live: live.digest(63),
+    "frame": lambda live: frame(live, Rates()),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("left", [0, 4096 + 64])
+def test_a_segment_that_is_cut_off_while_it_is_followed_ends_nobody(
+    sample: Sample, path: Path, left: int, look: str
+) -> None:
+    path.write_bytes(object_path(sample.instance.name).read_bytes())
+
+    def follow() -> None:
+        with LiveSegment(NAME) as live:
+            LOOKS[look](live)
+            os.truncate(path, left)
+            if (look, left) == ("header", 4096 + 64):
+                assert LOOKS[look](live) >= 0
+                return
+            with pytest.raises(InspectError, match=f"{NAME} was cut off"):
+                LOOKS[look](live)
+
+    run_in_fork(follow)
 
 
 def test_a_header_with_many_slots_reads_no_bytes_of_requests(sample: Sample) -> None:

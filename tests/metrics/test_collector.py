@@ -10,8 +10,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbm._fast.keys import Keys
-from kvbm._fast.objects import SHARED_MEMORY
+from kvbm._fast.objects import SHARED_MEMORY, object_path
 from kvbm._fast.segment import COUNTER_NAMES, shape_for
+from kvbm.inspect.live import LiveSegment, Sweep
 from kvbm.metrics.collector import InstanceCollector
 from kvbm.metrics.names import GAUGES, HIT_RATES, UPSTREAM, shown
 from tests.fast.instances import Instance, cache, digests, unique_name
@@ -178,3 +179,28 @@ def test_an_instance_that_is_gone_is_down_and_one_that_comes_back_is_up() -> Non
     finally:
         collector.close()
         path.unlink(missing_ok=True)
+
+
+def test_a_segment_that_is_cut_off_is_down_and_fails_no_scrape(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = object_path(unique_name())
+    path.write_bytes(object_path(sample.instance.name).read_bytes())
+    name = path.name.removeprefix("kvbm-")
+    collector = InstanceCollector(lambda: [name, sample.name])
+    sweep = LiveSegment.sweep_all
+
+    def cut_off(live: LiveSegment) -> Sweep:
+        if live.instance == name:
+            os.truncate(path, 0)
+        return sweep(live)
+
+    try:
+        assert value(samples_of(collector), "kvbm_up", instance=name) == 1
+        monkeypatch.setattr(LiveSegment, "sweep_all", cut_off)
+        ups = [value(samples_of(collector), "kvbm_up", instance=name) for _ in range(2)]
+        assert ups == [1, 0]
+        assert value(samples_of(collector), "kvbm_slots", tier="host", state="used") == 23
+    finally:
+        collector.close()
+        path.unlink()
