@@ -13,8 +13,8 @@ Two rules for actors follow: at a yield no value may wait on the evaluation stac
 of each yield to a variable), and loops run over ranges, whose position the loop variable tells.
 
 Two reductions, both exact. A crash before a step that only reads leads to the same state as a crash
-after it, so actors crash only before a step that may write, or while they wait. And a memory is
-checked against the invariants once, however many states share it.
+after it, so actors crash only before a step that may write, while they wait, or after their last
+step. And a memory is checked against the invariants once, however many states share it.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Explorer:
         return f"{state[:cell]}{new}{state[cell + 1 : position]}{after}{state[position + 1 :]}"
 
     def successors(self, state: str) -> list[str]:
-        """The states after one step, crashes included."""
+        """The states after one step, crashes included; checks the end where there is no step."""
         found = []
         for position, program in self.moving:
             successor = self.step_of(state, position, program)
@@ -246,6 +246,8 @@ class Explorer:
                 found.append(successor)
         if not found:
             found = self.when_nothing_moves(state)
+            if not found:  # also where somebody who waits, or is through, may still die
+                self.check_end(state)
         if state[self.model.crash_cell] in self.may_crash:
             found += [successor for _, successor in self.crashes_of(state)]
         return found
@@ -269,8 +271,11 @@ class Explorer:
         crashed = self.decoded[ord(state[self.model.crash_cell])]
         assert isinstance(crashed, int)
         for number, (position, program) in enumerate(self.acting, start=1):
-            step = program.nodes[state[position]].step
-            if not program.actor.crashes or step is None or step.kind == READ:
+            name = state[position]
+            step = program.nodes[name].step
+            if not program.actor.crashes or name == program.dead:
+                continue
+            if step is not None and step.kind == READ:
                 continue
             cells = list(state)
             cells[position] = program.dead
@@ -328,8 +333,6 @@ class Explorer:
                             if traced:
                                 self.parents[last] = state
                             self.check(last)
-                    if not found:
-                        self.check_end(state)
                 except Violation as violation:
                     raise Violation(violation.message, self.trace(state, last)) from None
             statistics.depth += 1

@@ -19,16 +19,16 @@ RESERVED_B = (Reserved(1, 0, 1, "B"),)
 TWO = Sizes(blocks=2, slots=2, entries=2)
 
 
-def late_worker(crashes: bool = False) -> Part:
+def late_worker() -> Part:
     """A process of the first engine that becomes its rank 0."""
     body = partial(actors.late_worker, operations=1, key=FIRST_ENGINE)
-    return Part("late worker", body, 0, 0, crashes, idles=True, attached=False)
+    return Part("late worker", body, 0, 0, idles=True, attached=False)
 
 
-def late_leader(crashes: bool = False) -> Part:
+def late_leader() -> Part:
     """A second engine, which takes the first one's leader slot and stores X."""
     body = partial(actors.late_leader, chain=X, key=SECOND_ENGINE)
-    return Part("late leader", body, 0, None, crashes, idles=True, attached=False)
+    return Part("late leader", body, 0, None, idles=True, attached=False)
 
 
 def publish_scenarios() -> Iterable[Scenario]:
@@ -39,11 +39,10 @@ def publish_scenarios() -> Iterable[Scenario]:
         TWO,
         (SEED_A,),
         (
-            part("storer", actors.storer, AB, leader=0, crashes=True),
-            part("evictor", actors.evictor, (1, 0), leader=1, crashes=True),
+            part("storer", actors.storer, AB, leader=0),
+            part("evictor", actors.evictor, (1, 0), leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
     yield Scenario(
         "duplicate publish",
@@ -51,12 +50,11 @@ def publish_scenarios() -> Iterable[Scenario]:
         TWO,
         (SEED_A, FILLED_B),
         (
-            part("worker", actors.publisher, RESERVED_B, False, leader=0, rank=0, crashes=True),
-            part("leader", actors.publisher, RESERVED_B, True, leader=0, crashes=True),
-            part("evictor", actors.evictor, (1, 0), leader=1, crashes=True),
+            part("worker", actors.publisher, RESERVED_B, False, leader=0, rank=0),
+            part("leader", actors.publisher, RESERVED_B, True, leader=0),
+            part("evictor", actors.evictor, (1, 0), leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
     yield Scenario(
         "publish and abandon",
@@ -64,12 +62,11 @@ def publish_scenarios() -> Iterable[Scenario]:
         TWO,
         (SEED_A, FILLED_B),
         (
-            part("worker", actors.publisher, RESERVED_B, False, leader=0, rank=0, crashes=True),
-            part("leader", actors.abandoner, RESERVED_B, leader=0, crashes=True),
-            part("storer", actors.storer, X, leader=1, crashes=True),
+            part("worker", actors.publisher, RESERVED_B, False, leader=0, rank=0),
+            part("leader", actors.abandoner, RESERVED_B, leader=0),
+            part("storer", actors.storer, X, leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
 
 
@@ -78,12 +75,13 @@ def duplicate_scenarios() -> Iterable[Scenario]:
     yield Scenario(
         "one digest twice",
         "two leaders store the same child, a third reads it",
-        Sizes(blocks=3, slots=3, leaders=3, entries=3),
+        Sizes(blocks=3, slots=3, leaders=4, entries=3),
         (SEED_A,),
         (
             part("first", actors.storer, AB, leader=0),
             part("second", actors.storer, AB, leader=1),
             part("reader", actors.reader, AB, leader=2),
+            survivor(3),
         ),
     )
     yield Scenario(
@@ -92,14 +90,11 @@ def duplicate_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=3, slots=3, leaders=4, entries=3),
         (SEED_A, FILLED_B, FILLED_B._replace(holders=2)),
         (
-            part("first", actors.publisher, RESERVED_B, True, leader=0, crashes=True),
-            part(
-                "second", actors.publisher, (Reserved(2, 0, 2, "B"),), True, leader=1, crashes=True
-            ),
-            part("evictor", actors.evictor, (1, 2, 0), leader=2, crashes=True),
+            part("first", actors.publisher, RESERVED_B, True, leader=0),
+            part("second", actors.publisher, (Reserved(2, 0, 2, "B"),), True, leader=1),
+            part("evictor", actors.evictor, (1, 2, 0), leader=2),
             survivor(3),
         ),
-        crashes=1,
     )
     yield Scenario(
         "parent being filled",
@@ -107,11 +102,10 @@ def duplicate_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=3, slots=3, leaders=3, entries=3),
         (),
         (
-            part("parent", actors.storer, A, leader=0, crashes=True),
-            part("child", actors.storer, AB, leader=1, crashes=True),
+            part("parent", actors.storer, A, leader=0),
+            part("child", actors.storer, AB, leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
 
 
@@ -123,11 +117,10 @@ def reuse_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=1, slots=1, entries=2, digest_words=2),
         (SEED_A,),
         (
-            part("reader", actors.reader, A, leader=0, crashes=True),
-            part("recycler", actors.recycler, (0,), "X", leader=1, crashes=True),
+            part("reader", actors.reader, A, leader=0),
+            part("recycler", actors.recycler, (0,), "X", leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
     yield Scenario(
         "parent and reuse",
@@ -135,11 +128,10 @@ def reuse_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, entries=2, digest_words=2),
         (SEED_A,),
         (
-            part("child", actors.storer, AB, leader=0, crashes=True),
-            part("recycler", actors.recycler, (0,), "X", leader=1, crashes=True),
+            part("child", actors.storer, AB, leader=0),
+            part("recycler", actors.recycler, (0,), "X", leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
     yield Scenario(
         "chain",
@@ -147,22 +139,22 @@ def reuse_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=4, entries=2),
         (SEED_A, SEED_B),
         (
-            part("reader", actors.reader, AB, leader=0, crashes=True),
+            part("reader", actors.reader, AB, leader=0),
             part("storer", actors.storer, X, (1, 0), leader=1),
             part("evictor", actors.evictor, (1, 0), leader=2),
             survivor(3),
         ),
-        crashes=1,
     )
     yield Scenario(
         "pool",
         "one takes a slot for good, two take one and give it back",
-        Sizes(blocks=2, slots=2, entries=2, summary=True),
+        Sizes(blocks=2, slots=2, leaders=4, entries=2, summary=True),
         (),
         (
             part("storer", actors.storer, X, leader=0),
             part("first", actors.pool_user, 2, leader=1),
             part("second", actors.pool_user, 2, leader=2),
+            survivor(3),
         ),
     )
 
@@ -175,12 +167,11 @@ def late_name_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=4, entries=3, digest_words=2),
         (),
         (
-            part("namer", actors.late_namer, ("A", "X"), leader=0, crashes=True),
+            part("namer", actors.late_namer, ("A", "X"), leader=0),
             part("child", actors.storer, AB, leader=1),
             part("reader", actors.reader, A, leader=2),
             survivor(3),
         ),
-        crashes=1,
     )
 
 
@@ -197,9 +188,9 @@ def operation_scenarios() -> Iterable[Scenario]:
             two_ranks,
             (),
             (
-                part("leader", actors.store_leader, A, (), cancels, leader=0, crashes=True),
-                part("worker 0", actors.worker, 1, leader=0, rank=0, crashes=True, idles=True),
-                part("worker 1", actors.worker, 1, leader=0, rank=1, crashes=True, idles=True),
+                part("leader", actors.store_leader, A, (), cancels, leader=0),
+                part("worker 0", actors.worker, 1, leader=0, rank=0, idles=True),
+                part("worker 1", actors.worker, 1, leader=0, rank=1, idles=True),
                 survivor(1),
             ),
             crashes=2,
@@ -210,9 +201,9 @@ def operation_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=1, slots=1, entries=1),
         (SEED_A,),
         (
-            part("leader", actors.load_leader, A, leader=0, crashes=True),
-            part("worker", actors.worker, 1, leader=0, rank=0, crashes=True, idles=True),
-            part("recycler", actors.recycler, (0,), "X", leader=1, crashes=True),
+            part("leader", actors.load_leader, A, leader=0),
+            part("worker", actors.worker, 1, leader=0, rank=0, idles=True),
+            part("recycler", actors.recycler, (0,), "X", leader=1),
             survivor(2),
         ),
         crashes=2,
@@ -220,11 +211,12 @@ def operation_scenarios() -> Iterable[Scenario]:
     yield Scenario(
         "ring",
         "two operations, one of them cancelled and submitted again before the worker looks",
-        Sizes(blocks=1, slots=1, leaders=1, operations=2, ring=2, entries=1),
+        Sizes(blocks=1, slots=1, leaders=2, operations=2, ring=2, entries=1),
         (),
         (
             part("leader", actors.ring_leader, ("s0", "s1", "c1", "s1"), leader=0),
-            part("worker", actors.worker, 3, leader=0, rank=0, idles=True),
+            part("worker", actors.worker, 3, leader=0, rank=0, crashes=False, idles=True),
+            survivor(1),
         ),
     )
 
@@ -237,9 +229,9 @@ def recovery_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=3, slots=3, leaders=4, entries=3),
         (SEED_A, SEED_B),
         (
-            part("evictor", actors.evictor, (1,), leader=0, crashes=True),
+            part("evictor", actors.evictor, (1,), leader=0),
             part("storer", actors.storer, AB, leader=1),
-            recoverer(2, crashes=True),
+            recoverer(2),
             survivor(3),
         ),
         crashes=2,
@@ -250,12 +242,11 @@ def recovery_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=5, entries=2),
         (SEED_A,),
         (
-            part("storer", actors.storer, AB, leader=0, crashes=True),
+            part("storer", actors.storer, AB, leader=0),
             part("reader", actors.reader, AB, leader=1),
             recoverer(3),
             survivor(4),
         ),
-        crashes=1,
     )
     yield Scenario(
         "recoverer dies",
@@ -263,9 +254,9 @@ def recovery_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=4, entries=2),
         (SEED_A,),
         (
-            part("first", actors.storer, AB, leader=0, crashes=True),
+            part("first", actors.storer, AB, leader=0),
             part("second", actors.storer, X, (0,), leader=1),
-            recoverer(2, crashes=True),
+            recoverer(2),
             survivor(3),
         ),
         crashes=2,
@@ -276,9 +267,9 @@ def recovery_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=4, entries=2),
         (SEED_A,),
         (
-            part("storer", actors.storer, AB, leader=0, crashes=True),
-            recoverer(1, crashes=True),
-            recoverer(2, crashes=True),
+            part("storer", actors.storer, AB, leader=0),
+            recoverer(1),
+            recoverer(2),
             survivor(3),
         ),
         crashes=2,
@@ -289,11 +280,10 @@ def recovery_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=1, slots=1, leaders=3, entries=1),
         (SEED_A,),
         (
-            part("guest", recover, True, leader=0, attached=False, crashes=True),
+            part("guest", recover, True, leader=0, attached=False),
             part("storer", actors.storer, X, (0,), leader=1),
             survivor(2),
         ),
-        crashes=1,
     )
 
 
@@ -306,8 +296,8 @@ def worker_scenarios() -> Iterable[Scenario]:
         one,
         (),
         (
-            part("leader", actors.store_leader, A, leader=0, crashes=True),
-            part("worker", actors.worker, 1, leader=0, rank=0, crashes=True, idles=True),
+            part("leader", actors.store_leader, A, leader=0),
+            part("worker", actors.worker, 1, leader=0, rank=0, idles=True),
             recoverer(1),
             part("storer", actors.storer_after_crash, X, leader=2, idles=True),
             survivor(3),
@@ -320,13 +310,12 @@ def worker_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=4, entries=2),
         (SEED_A, SEED_B),
         (
-            part("leader", actors.load_leader, AB, 1, leader=0, crashes=True),
+            part("leader", actors.load_leader, AB, 1, leader=0),
             part("worker", actors.worker, 1, leader=0, rank=0, idles=True),
             recoverer(1),
             part("recycler", actors.recycler, (1, 0), "X", leader=2),
             survivor(3),
         ),
-        crashes=1,
     )
 
 
@@ -340,13 +329,12 @@ def replacement_scenarios() -> Iterable[Scenario]:
         (),
         (
             part("leader", actors.store_leader, A, leader=0),
-            part("worker", actors.worker, 1, leader=0, rank=0, crashes=True, idles=True),
+            part("worker", actors.worker, 1, leader=0, rank=0, idles=True),
             late_worker(),
             recoverer(1),
             part("storer", actors.storer_after_crash, X, leader=2, idles=True),
             survivor(3),
         ),
-        crashes=1,
     )
 
 
@@ -358,9 +346,9 @@ def late_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=3, entries=2),
         (SEED_A,),
         (
-            part("leader", actors.storer, AB, leader=0, crashes=True),
+            part("leader", actors.storer, AB, leader=0),
             late_leader(),
-            recoverer(1, crashes=True),
+            recoverer(1),
             survivor(2),
         ),
         crashes=2,
@@ -371,13 +359,12 @@ def late_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=1, slots=1, leaders=3, entries=1),
         (),
         (
-            part("leader", actors.store_leader, A, leader=0, crashes=True),
+            part("leader", actors.store_leader, A, leader=0),
             late_leader(),
             late_worker(),
             recoverer(1),
             survivor(2),
         ),
-        crashes=1,
     )
 
 
@@ -389,12 +376,11 @@ def large_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=2, slots=2, leaders=4, entries=2),
         (SEED_A,),
         (
-            part("storer", actors.storer, AB, leader=0, crashes=True),
-            part("evictor", actors.evictor, (1, 0), leader=1, crashes=True),
-            part("reader", actors.reader, AB, leader=2, crashes=True),
+            part("storer", actors.storer, AB, leader=0),
+            part("evictor", actors.evictor, (1, 0), leader=1),
+            part("reader", actors.reader, AB, leader=2),
             survivor(3),
         ),
-        crashes=1,
     )
     yield Scenario(
         "two ranks outlive their leader",
@@ -402,8 +388,8 @@ def large_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=1, slots=1, leaders=4, ranks=2, entries=1),
         (),
         (
-            part("leader", actors.store_leader, A, leader=0, crashes=True),
-            part("worker 0", actors.worker, 1, leader=0, rank=0, crashes=True, idles=True),
+            part("leader", actors.store_leader, A, leader=0),
+            part("worker 0", actors.worker, 1, leader=0, rank=0, idles=True),
             part("worker 1", actors.worker, 1, leader=0, rank=1, idles=True),
             recoverer(1),
             survivor(3),
@@ -416,10 +402,10 @@ def large_scenarios() -> Iterable[Scenario]:
         Sizes(blocks=1, slots=1, leaders=3, entries=1),
         (),
         (
-            part("leader", actors.store_leader, A, leader=0, crashes=True),
-            late_leader(crashes=True),
-            late_worker(crashes=True),
-            recoverer(1, crashes=True),
+            part("leader", actors.store_leader, A, leader=0),
+            late_leader(),
+            late_worker(),
+            recoverer(1),
             survivor(2),
         ),
         crashes=2,

@@ -31,7 +31,7 @@ class Part(NamedTuple):
     body: Body
     leader: int
     rank: int | None = None
-    crashes: bool = False
+    crashes: bool = True
     last: bool = False
     idles: bool = False
     attached: bool = True  # has its line from the start
@@ -45,7 +45,7 @@ class Scenario(NamedTuple):
     sizes: Sizes
     seeds: tuple[Seed, ...]
     parts: tuple[Part, ...]
-    crashes: int = 0
+    crashes: int = 1
     end: bool = True  # check what must hold at the end
 
 
@@ -95,12 +95,12 @@ def _bind(body: Body, p: Process) -> Callable[[], Actions]:
 
 def survivor(leader: int) -> Part:
     """A process that recovers when nothing else is left to happen."""
-    return Part("survivor", recover_after_each_crash, leader, last=True, idles=True)
+    return Part("survivor", recover_after_each_crash, leader, None, False, last=True, idles=True)
 
 
-def recoverer(leader: int, crashes: bool = False) -> Part:
+def recoverer(leader: int) -> Part:
     """A process that recovers as soon as somebody has died, while the others go on."""
-    return Part("recoverer", recover_after_crash, leader, crashes=crashes, idles=True)
+    return Part("recoverer", recover_after_crash, leader, idles=True)
 
 
 def part(name: str, actor: Callable[..., Actions], *arguments: Any, **where: Any) -> Part:
