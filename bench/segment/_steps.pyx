@@ -22,7 +22,7 @@ from kvbm._fast.index cimport index_find
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport KV_NONE, KV_POOL_BLOCKS, KV_POOL_HOST
 from kvbm._fast.pool cimport pool_give_back
-from kvbm._fast.table cimport BlockTable, make_ref, set_parent
+from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
 
 cdef uint64_t ROOT = 0xFFFFFFFFFFFFFFFFULL
 
@@ -97,6 +97,7 @@ cdef class Steps:
         last = monotonic_ns()
         for i in range(count):
             keys.digest(i, &what.digest_lo, &what.digest_hi)
+            t.prefetch(keys, i + KEYS_AHEAD, count)
             what.sequence_hash = keys.sequence_hash(i)
             what.position = <uint32_t>i
             block = index_find(t.view, what.digest_lo, what.digest_hi, True, &word)

@@ -8,6 +8,7 @@ cdef extern from "atomics.h" nogil:
     ctypedef struct kv_au32:
         pass
 
+    void kv_prefetch(const void *p) noexcept
     uint32_t kv_u32_once(const uint32_t *p) noexcept
     uint64_t kv_u64_load_relaxed(const kv_au64 *p) noexcept
     uint64_t kv_u64_load_acquire(const kv_au64 *p) noexcept

@@ -4,7 +4,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvbm._fast.layout cimport kv_view
 
 cdef enum:
-    SWEEP_STEP_MIN = 16            # blocks looked at a call, at least
+    SWEEP_STEP_SMALL = 16          # blocks looked at a call, at least, in a small table
+    SWEEP_STEP_LARGE = 2           # and in a large one, whose lines come from memory
+    SMALL_TABLE = 65536            # blocks whose lines stay in a core's cache
 
 cdef struct Candidate:
     uint64_t recency
@@ -24,7 +26,9 @@ cdef struct Evictor:
     uint64_t sweep_start_tick   # later ticks are left to the next sweep
     uint64_t ready_start_tick   # the same of the sweep that `ready` came from
     uint32_t sweep_seen         # registered blocks that nobody held, in the sweep so far
+    uint32_t taken              # evictions since `ready` was filled
     uint32_t cursor             # next block that the sweep looks at
+    uint32_t sweep_least        # blocks looked at a call, at least
     uint32_t sweep_step         # blocks looked at an eviction
     uint64_t found_nothing_ns   # when a sweep over everything found nothing, 0 = it did not
 

@@ -6,7 +6,7 @@ that have no registered child (leaves first). Shared memory has only each block'
 each leader keeps two private heaps:
 
 * a sweep walks the block table a few blocks a call and gathers the evictable ones that were
-  returned before it began;
+  returned before it began; the steps are as long as makes it end shortly before it is needed;
 * when `ready` is used up, what was gathered becomes `ready`, and the next sweep begins;
 * victims come from `ready` in order. An entry is believed only if generation and recency are still
   what they were; a block that was touched since has a later recency, with which it is offered again
@@ -26,8 +26,14 @@ that runs dry before the sweep has ended, which then ends at once.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kvbm._fast.atomics cimport kv_u64_load_acquire, kv_u64_load_relaxed
+from kvbm._fast.atomics cimport (
+    kv_prefetch,
+    kv_u32_load_relaxed,
+    kv_u64_load_acquire,
+    kv_u64_load_relaxed,
+)
 from kvbm._fast.blocks cimport block_evict, monotonic_ns
+from kvbm._fast.index cimport index_prefetch
 from kvbm._fast.layout cimport (
     KV_C_EVICTED,
     KV_HOLDERS_MASK,
@@ -108,9 +114,10 @@ cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
     e.ready.count = e.gathering.count = 0
     e.ready.recency_max = e.gathering.recency_max = 0
     e.sweep_start_tick = e.ready_start_tick = 0
-    e.sweep_seen = 0
+    e.sweep_seen = e.taken = 0
     e.cursor = 0
-    e.sweep_step = SWEEP_STEP_MIN
+    e.sweep_least = SWEEP_STEP_SMALL if capacity <= SMALL_TABLE else SWEEP_STEP_LARGE
+    e.sweep_step = e.sweep_least
     e.found_nothing_ns = 0
     return True
 
@@ -154,7 +161,7 @@ cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nog
 
     When it is done and `ready` is used up, it becomes `ready`.
     """
-    cdef uint32_t i, stop
+    cdef uint32_t i, stop, lasted
     cdef uint64_t word
     cdef Candidate c
     cdef CandidateHeap used
@@ -178,9 +185,12 @@ cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nog
         e.gathering = used
         e.ready_start_tick = e.sweep_start_tick
         e.cursor = 0
-        # The next sweep ends when half of what was seen is gone: each leaf in `ready` is followed
-        # by its ancestors.
-        e.sweep_step = 2 * (view.shape.block_capacity // (e.sweep_seen + 1)) + SWEEP_STEP_MIN
+        # The next sweep ends shortly before `ready` is used up, if that lasts as long as the last
+        # one: a leaf is followed by its ancestors, and other leaders evict them as well. The first
+        # is taken to last for a quarter of what was seen.
+        lasted = e.taken if e.taken != 0 else e.sweep_seen // 4
+        e.sweep_step = (view.shape.block_capacity // 4 * 5) // (lasted + 1) + e.sweep_least
+        e.taken = 0
         if e.sweep_step > SWEEP_STEP_MAX:
             e.sweep_step = SWEEP_STEP_MAX
         if e.ready.count != 0:
@@ -218,6 +228,24 @@ cdef bint next_ready(kv_view *view, Evictor *e) noexcept nogil:
     return False
 
 
+cdef inline void foresee(kv_view *view, uint32_t block) noexcept nogil:
+    """Fetch what the eviction of this block's parent will touch.
+
+    The parent inherits the block's recency, so it is the next victim as a rule, and its own line is
+    needed now in any case.
+    """
+    cdef uint32_t parent = kv_u32_load_relaxed(&view.blocks[block].parent)
+    cdef uint32_t grandparent
+    cdef kv_block *p
+    if parent == 0 or parent > view.shape.block_capacity:
+        return
+    p = &view.blocks[parent - 1]
+    index_prefetch(view, kv_u64_load_relaxed(&p.digest_lo), kv_u64_load_relaxed(&p.digest_hi))
+    grandparent = kv_u32_load_relaxed(&p.parent)
+    if grandparent != 0 and grandparent <= view.shape.block_capacity:
+        kv_prefetch(&view.blocks[grandparent - 1])
+
+
 cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
                        uint32_t *host_slot) noexcept nogil:
     """Evict the next victim.
@@ -238,8 +266,10 @@ cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
                 or now.generation != c.generation or now.recency != c.recency):
             evictor_offer(view, e, c.block)
             continue
+        foresee(view, c.block)
         if block_evict(view, c.block, word, host_slot, &parent):
             kv_count(view, KV_C_EVICTED, 1)
+            e.taken += 1
             if parent != KV_NONE:
                 evictor_offer(view, e, parent)
             block[0] = c.block

@@ -63,7 +63,7 @@ from kvbm._fast.operations cimport (
     rings_room,
 )
 from kvbm._fast.segment cimport Segment
-from kvbm._fast.table cimport BlockTable, make_ref, set_parent
+from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
 
 PARENT_SECS = 5.0
 """Longest wait of copied blocks for the parent that another engine is still filling."""
@@ -159,6 +159,7 @@ cdef class OperationTable(BlockTable):
             while i < end:
                 source = sources[i]
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
+                self.prefetch(keys, i + KEYS_AHEAD, end)
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)
                 if block == KV_NONE:
                     if op == NULL or rows == KV_ROWS:

@@ -119,13 +119,17 @@ cdef bint pool_take_one(kv_view *view, int pool, uint32_t index) noexcept nogil:
 cdef void pool_give_back(kv_view *view, int pool, uint32_t index) noexcept nogil:
     """Mark `index` free.
 
-    The caller is the only one that knows it: it took it, or evicted its block.
+    The caller is the only one that knows it: it took it, or evicted its block. Only who makes a
+    word other than 0 sets its hint, so that leaders which give back neighbours do not fight for
+    the summary's line. A taker that clears the hint looks at the word again afterwards, so a hint
+    is missing no longer than one of the two takes.
     """
     cdef kv_pool_view *p = &view.pool[pool]
     cdef uint32_t word_index = index // 64
     if index >= p.capacity:
         return
-    kv_u64_fetch_or_acq_rel(&p.words[word_index], (<uint64_t>1) << (index % 64))
+    if kv_u64_fetch_or_acq_rel(&p.words[word_index], (<uint64_t>1) << (index % 64)) != 0:
+        return
     kv_u64_fetch_or_acq_rel(&p.summary[word_index // 64], (<uint64_t>1) << (word_index % 64))
 
 

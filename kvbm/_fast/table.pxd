@@ -9,6 +9,10 @@ from kvbm._fast.pool cimport PoolCursor
 from kvbm._fast.segment cimport Segment
 
 
+cdef enum:
+    KEYS_AHEAD = 2                 # whose index lines are asked for while a block is reserved
+
+
 cdef struct FreeRun:             # neighbouring free indices taken from a pool but not used yet
     uint32_t first
     uint32_t count
@@ -27,6 +31,7 @@ cdef class BlockTable:
 
     cdef int mix(self, Keys keys) except -1
     cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
+    cdef int prefetch(self, Keys keys, Py_ssize_t i, Py_ssize_t end) except -1
     cdef bint hold_parent(self, uint64_t ref) noexcept nogil
     cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil
     cdef uint32_t usable_slots(self) noexcept nogil
@@ -39,4 +44,7 @@ cdef class BlockTable:
     cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil
 
 cdef void set_parent(Reservation *what, uint64_t ref) noexcept nogil
-cdef uint64_t make_ref(uint32_t block, uint32_t generation) noexcept nogil
+
+
+cdef inline uint64_t make_ref(uint32_t block, uint32_t generation) noexcept nogil:
+    return (<uint64_t>generation << 32) | block

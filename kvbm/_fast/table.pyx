@@ -36,14 +36,13 @@ from kvbm._fast.blocks cimport (
     structure_exit,
 )
 from kvbm._fast.eviction cimport (
-    SWEEP_STEP_MIN,
     evictor_advance,
     evictor_free,
     evictor_init,
     evictor_offer,
     evictor_take,
 )
-from kvbm._fast.index cimport index_find
+from kvbm._fast.index cimport index_find, index_prefetch
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
     KV_C_ABANDONED,
@@ -74,10 +73,6 @@ from kvbm._fast.segment cimport Segment
 from kvbm._fast.segment import COUNTER_NAMES
 
 cdef uint64_t NO_REF = 0xFFFFFFFFFFFFFFFFULL
-
-
-cdef uint64_t make_ref(uint32_t block, uint32_t generation) noexcept nogil:
-    return (<uint64_t>generation << 32) | block
 
 
 cdef class BlockTable:
@@ -115,6 +110,14 @@ cdef class BlockTable:
         keys.digest(i, &lo, &hi)
         return index_find(self.view, lo, hi, False, word)
 
+    cdef int prefetch(self, Keys keys, Py_ssize_t i, Py_ssize_t end) except -1:
+        """Ask for the index's lines of block `i`, which will be looked up soon."""
+        cdef uint64_t lo, hi
+        if i < end:
+            keys.digest(i, &lo, &hi)
+            index_prefetch(self.view, lo, hi)
+        return 0
+
     def match(self, Keys keys not None, start: int, stop: int) -> tuple[int, int | None]:
         """Longest run of registered blocks from `start`, pinned.
 
@@ -137,8 +140,7 @@ cdef class BlockTable:
             Reference to the deepest of them, held until `unpin(ref)`; it keeps all of its
             ancestors.
         """
-        cdef Py_ssize_t low, high, middle
-        cdef Py_ssize_t first = start
+        cdef Py_ssize_t low, high, middle, first = start
         cdef Py_ssize_t last = min(stop, keys.count()) - 1
         cdef uint32_t block, deepest = KV_NONE
         cdef uint64_t word, lo, hi, probes = 1
@@ -287,7 +289,7 @@ cdef class BlockTable:
                     &self.record_cursor, &first)
                 self.records.first = first
             if self.records.count != 0:
-                evictor_advance(self.view, &self.evictor, SWEEP_STEP_MIN)
+                evictor_advance(self.view, &self.evictor, self.evictor.sweep_least)
                 record[0] = self.records.first
                 slot[0] = self.slots.first
                 self.records.first += 1
@@ -369,6 +371,7 @@ cdef class BlockTable:
         try:
             for i in range(start, end):
                 keys.digest(i, &what.digest_lo, &what.digest_hi)
+                self.prefetch(keys, i + KEYS_AHEAD, end)
                 what.sequence_hash = keys.sequence_hash(i)
                 what.position = <uint32_t>i
                 block = index_find(self.view, what.digest_lo, what.digest_hi, True, &word)

@@ -181,12 +181,13 @@ def index_insert(p: Process, digest: str, block: int, alone: bool) -> Answer:
 
 
 def index_delete(p: Process, digest: str, block: int) -> Actions:
-    """[E3] Remove the hints for a block."""
+    """[E3] Remove the hint for a block."""
     entry = Entry(digest, block)
     for e in range(p.segment.sizes.entries):
         seen = yield load(p.segment.entry[e], "[E3]")
         if seen == entry:
             yield cas(p.segment.entry[e], entry, None, "[E3]")
+            return
 
 
 # ---- pools ---------------------------------------------------------------------------------------
@@ -216,8 +217,8 @@ def pool_take(p: Process, pool: int) -> Generator[Step, Any, int | None]:
 
 def pool_give_back(p: Process, pool: int, index: int) -> Actions:
     """[E6] Mark an index free."""
-    yield fetch_or(pool, 1 << index, "[E6]")
-    if p.segment.sizes.summary and pool == p.segment.free_slots:
+    before = yield fetch_or(pool, 1 << index, "[E6]")
+    if before == 0 and p.segment.sizes.summary and pool == p.segment.free_slots:
         yield fetch_or(p.segment.summary, 1, "set summary")
 
 
