@@ -13,6 +13,7 @@ from kvbm._fast.layout cimport (
     KV_BUCKET_ENTRIES,
     KV_EMPTY,
     KV_EVICTING,
+    KV_FETCH,
     KV_FILLING,
     KV_FORMAT_VERSION,
     KV_LAYOUT_CHECK,
@@ -43,6 +44,7 @@ from kvbm._fast.layout cimport (
     KV_ROLE_LEADER,
     KV_ROLE_WORKER,
     KV_ROWS,
+    KV_SPILL,
     KV_STORE,
     KV_TIER_DISK,
     KV_TIER_HOST,
@@ -209,7 +211,7 @@ PLACEMENT_STATES = {KV_EMPTY: "empty", KV_FILLING: "filling", KV_READY: "ready"}
 OPERATION_STATES = {KV_OP_FREE: "free", KV_OP_SUBMITTED: "submitted", KV_OP_CANCELLED: "cancelled",
                     KV_OP_FINISHING: "finishing", KV_OP_COMPLETE: "complete",
                     KV_OP_FAILED: "failed"}
-OPERATION_KINDS = {KV_STORE: "store", KV_LOAD: "load"}
+OPERATION_KINDS = {KV_STORE: "store", KV_LOAD: "load", KV_SPILL: "spill", KV_FETCH: "fetch"}
 RANK_STATES = {KV_RANK_PENDING: "pending", KV_RANK_RUNNING: "running", KV_RANK_DONE: "done",
                KV_RANK_FAILED: "failed"}
 ROLES = {KV_ROLE_LEADER: "leader", KV_ROLE_WORKER: "worker"}

@@ -67,13 +67,17 @@ static inline void kv_slab_header_seal(kv_slab_header *header) {
     header->header_checksum = kv_slab_header_sum(header);
 }
 
+/* 1 if these 128 bytes were written as a header, whatever it says. */
+static inline int kv_slab_header_is_whole(const kv_slab_header *header) {
+    return header->magic == KV_SLAB_MAGIC && header->header_checksum == kv_slab_header_sum(header);
+}
+
 /* 1 if these 128 bytes are the header of this slot and its data belong to this cache. */
 static inline int kv_slab_header_holds(const kv_slab_header *header, uint32_t slot, uint32_t rank,
                                        uint64_t fingerprint, uint64_t payload_bytes) {
-    return header->magic == KV_SLAB_MAGIC && header->state == KV_SLAB_VALID &&
-           header->slot == slot && header->rank == rank && header->fingerprint == fingerprint &&
-           header->payload_bytes == payload_bytes &&
-           header->header_checksum == kv_slab_header_sum(header);
+    return header->state == KV_SLAB_VALID && header->slot == slot && header->rank == rank &&
+           header->fingerprint == fingerprint && header->payload_bytes == payload_bytes &&
+           kv_slab_header_is_whole(header);
 }
 
 /* The system calls of a slab, so that a test can make them fail. */

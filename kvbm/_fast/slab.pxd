@@ -44,6 +44,7 @@ cdef extern from "slab.h" nogil:
     const kv_slab_calls kv_system_calls
 
     void kv_slab_header_seal(kv_slab_header *header) noexcept
+    bint kv_slab_header_is_whole(const kv_slab_header *header) noexcept
     bint kv_slab_header_holds(const kv_slab_header *header, uint32_t slot, uint32_t rank,
                               uint64_t fingerprint, uint64_t payload_bytes) noexcept
 

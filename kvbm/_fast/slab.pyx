@@ -85,6 +85,53 @@ def valid_headers(table, *, first: int = 0, rank: int, fingerprint: int,
     return everything[good.astype(bool)]
 
 
+# What a header can be for who looks at a slab from outside.
+EMPTY, VALID, TORN, FOREIGN = range(4)
+
+
+def header_conditions(table, *, first: int = 0, rank: int, fingerprint: int,
+                      payload_bytes: int) -> np.ndarray:
+    """What each header in a piece of a slab's table is; parameters as `valid_headers`.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8[headers]: `EMPTY`, also where none was ever written; `VALID`; `TORN`, where its own
+        checksum is wrong; `FOREIGN`, where it is right but names another slot, rank or cache.
+    """
+    cdef const uint8_t[::1] raw = np.frombuffer(table, np.uint8)
+    cdef const kv_slab_header *header
+    cdef uint8_t[::1] found
+    cdef uint32_t begin = first, own_rank = rank
+    cdef uint64_t owner = fingerprint, size = payload_bytes
+    cdef Py_ssize_t number, count = raw.shape[0] // <Py_ssize_t>sizeof(kv_slab_header)
+    cdef int empty = EMPTY, valid = VALID, torn = TORN, foreign = FOREIGN
+    conditions = np.zeros(count, np.uint8)
+    found = conditions
+    with nogil:
+        for number in range(count):
+            header = <const kv_slab_header *>&raw[number * <Py_ssize_t>sizeof(kv_slab_header)]
+            if kv_slab_header_holds(header, <uint32_t>(begin + number), own_rank, owner, size):
+                found[number] = valid
+            elif not kv_slab_header_is_whole(header):
+                found[number] = empty if is_blank(header) else torn
+            elif (header.state == KV_SLAB_EMPTY and header.slot == <uint32_t>(begin + number)
+                    and header.rank == own_rank):
+                found[number] = empty
+            else:
+                found[number] = foreign
+    return conditions
+
+
+cdef bint is_blank(const kv_slab_header *header) noexcept nogil:
+    cdef const uint64_t *word = <const uint64_t *>header
+    cdef size_t i
+    for i in range(sizeof(kv_slab_header) // sizeof(uint64_t)):
+        if word[i] != 0:
+            return False
+    return True
+
+
 cdef int transfer_header(const SlabFile *file, uint32_t slot, kv_slab_header *header,
                          bint write) noexcept nogil:
     """Move one header; 0 or the system's error number. A short transfer is EIO."""

@@ -6,7 +6,9 @@ meanwhile, not even truncating it, can end the reader. The copy is not taken in 
 are whole, but two of them may be of different moments.
 
 A snapshot file is a zip archive: `capture.json` (format, times, locks), `segment` (the bytes) and
-`arena.<rank>` (the head of each arena: its announcement and its slot headers, but never KV bytes).
+`arena.<rank>` (the head of each arena: its announcement and its slot headers, but never KV bytes);
+where there is a disk tier also `disk` (the bytes of its segment) and `slab.<rank>` (superblock and
+slot headers of each slab).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,13 @@ from kvbm._fast.locks import held_by_other
 from kvbm._fast.objects import SHARED_MEMORY, object_path, open_object
 from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
+from kvbm.inspect.files import bytes_there, check_room, read_all, read_head
 from kvbm.inspect.records import shape_of
-from kvbm.instance import instances, segment_name
+from kvbm.inspect.slab import SlabFacts, SlabHead, find_slabs, looks_like_slab, read_slab_head
+from kvbm.instance import disk_instance, instances, segment_name
 
 SNAPSHOT_FORMAT = 1
 SLOT_HEADER_BYTES = 64
-READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Capture:
     ----------
     source : str
         Name of the instance, or path of the file.
-    kind : {"live", "snapshot", "file"}
-        Where it is from; "file" is a plain copy of the bytes.
+    kind : {"live", "snapshot", "file", "slab"}
+        Where it is from; "file" is a plain copy of the bytes, "slab" are slabs without a segment.
     data : bytes
         The segment.
     realtime_ns, monotonic_ns : int or None
@@ -60,6 +63,12 @@ class Capture:
         Heads of the arenas, by rank.
     owner : str
         User that owns the segment.
+    tier : {"host", "disk"}
+        Whose segment it is.
+    disk : Capture or None
+        The segment of the instance's disk tier.
+    slabs : mapping of int to SlabHead
+        Heads of the disk tier's files, by rank.
     """
 
     source: str
@@ -73,10 +82,15 @@ class Capture:
     objects: Mapping[str, int] = field(default_factory=dict)
     arenas: Mapping[int, bytes] = field(default_factory=dict)
     owner: str = ""
+    tier: str = "host"
+    disk: Capture | None = None
+    slabs: Mapping[int, SlabHead] = field(default_factory=dict)
 
 
 def resolve(source: str | None) -> str:
     """Name of an instance or path of a file; the only instance on this host if None.
+
+    A name may also be that of an instance of which only the slabs are there.
 
     Raises
     ------
@@ -94,20 +108,22 @@ def resolve(source: str | None) -> str:
         return source
     if name in found and (source.startswith(("/", "kvbm-"))):
         return name
-    if Path(source).exists():
+    if Path(source).exists() or source in find_slabs():
         return source
     raise InspectError(f"{source} is no instance and no file; instances on this host: {there}")
 
 
-def capture(source: str, slot_headers: bool = False) -> Capture:
-    """Read an instance, a snapshot file, or a plain copy of a segment.
+def capture(source: str, slot_headers: bool = False, slabs: bool | None = None) -> Capture:
+    """Read an instance, a snapshot file, a plain copy of a segment, or slabs.
 
     Parameters
     ----------
     source : str
         As `resolve` returned it.
     slot_headers : bool
-        Also read the slot headers in the arenas of a live instance.
+        Also read the slot headers in the arenas and slabs of a live instance.
+    slabs : bool, optional
+        Another answer for the slabs.
 
     Raises
     ------
@@ -116,13 +132,18 @@ def capture(source: str, slot_headers: bool = False) -> Capture:
     """
     try:
         if source in instances():
-            return _live(source, slot_headers)
-        if zipfile.is_zipfile(source):
-            return _from_snapshot(Path(source))
-        if not Path(source).is_file():
+            return _live(source, slot_headers, slot_headers if slabs is None else slabs)
+        path = Path(source)
+        if not path.exists():
+            return _of_slabs(source, find_slabs()[source])
+        if not path.is_file():
             raise InspectError(f"{source} is not a file")
-        return Capture(source, "file", _read_all(Path(source)))
-    except FileNotFoundError:
+        if looks_like_slab(path):
+            return _of_slabs(source, {SlabFacts(read_slab_head(path)).identity[0]: path})
+        if zipfile.is_zipfile(source):
+            return _from_snapshot(path)
+        return Capture(source, "file", read_all(Path(source)))
+    except (FileNotFoundError, KeyError):
         raise InspectError(f"{source} has gone meanwhile, or has no segment") from None
     except PermissionError:
         raise InspectError(f"{source} belongs to another user") from None
@@ -153,38 +174,6 @@ def opened(name: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _there(state: os.stat_result) -> int:
-    """Bytes of an object that are worth reading: one with holes is not read to its end.
-
-    A creator leaves no holes; an object may have any length without taking any memory.
-    """
-    return min(state.st_size, state.st_blocks * 512)
-
-
-def _read_all(path: Path) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        _check_room(size, path)
-        return _read(file.fileno(), size)
-
-
-def _check_room(size: int, path: Path) -> None:
-    """Refuse what this machine's memory cannot hold, before the system ends somebody for it."""
-    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
-        raise InspectError(f"{path} does not fit into memory")
-
-
-def _read(fd: int, count: int) -> bytes:
-    """At most `count` bytes from the start of a file: fewer where it ends before."""
-    pieces = bytearray()
-    while len(pieces) < count:
-        piece = os.pread(fd, min(READ_BYTES, count - len(pieces)), len(pieces))
-        if not piece:
-            break
-        pieces += piece
-    return bytes(pieces)
-
-
 @dataclass(frozen=True)
 class Locks:
     """Who holds which lock on a segment; None where the system cannot tell."""
@@ -204,20 +193,30 @@ class Locks:
             return cls(None, None, None)
 
 
-def _live(instance: str, slot_headers: bool) -> Capture:
+def _live(instance: str, slot_headers: bool, slabs: bool) -> Capture:
     objects = {}
     for name in instances().get(instance, []):
         try:
             objects[name] = (SHARED_MEMORY / name.lstrip("/")).stat().st_size
         except FileNotFoundError:
             continue
-    with opened(segment_name(instance)) as fd:
+    taken = _segment(instance, objects)
+    return replace(
+        taken,
+        arenas=_arena_heads(instance, objects, _slots(taken.data) if slot_headers else 0),
+        disk=_disk_segment(instance, objects, slabs),
+    )
+
+
+def _segment(name: str, objects: Mapping[str, int]) -> Capture:
+    """Read one segment and ask for its locks."""
+    with opened(segment_name(name)) as fd:
         state = os.fstat(fd)
         locks = Locks.of(fd)
         realtime_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-        data = _read(fd, _there(state))
+        data = read_head(fd, bytes_there(state))
     return Capture(
-        instance,
+        name,
         "live",
         data,
         realtime_ns,
@@ -226,9 +225,37 @@ def _live(instance: str, slot_headers: bool) -> Capture:
         locks.in_use,
         locks.recovery,
         objects,
-        _arena_heads(instance, objects, _slots(data) if slot_headers else 0),
-        owner_name(state.st_uid),
+        owner=owner_name(state.st_uid),
     )
+
+
+def _disk_segment(instance: str, objects: Mapping[str, int], slabs: bool) -> Capture | None:
+    """The disk tier's segment; it comes and goes after the host tier's."""
+    if segment_name(disk_instance(instance)) not in objects:
+        return None
+    try:
+        taken = _segment(disk_instance(instance), objects)
+    except FileNotFoundError:
+        return None
+    heads = _slab_heads(find_slabs().get(instance, {})) if slabs else {}
+    return replace(taken, tier="disk", slabs=heads)
+
+
+def _slab_heads(paths: Mapping[int, Path]) -> dict[int, SlabHead]:
+    """Heads of the slabs that are there and can be read."""
+    heads = {}
+    for rank, path in paths.items():
+        with contextlib.suppress(OSError):
+            heads[rank] = read_slab_head(path)
+    return heads
+
+
+def _of_slabs(source: str, paths: Mapping[int, Path]) -> Capture:
+    """Slabs without shared memory; all their times are those of the wall clock."""
+    heads = {rank: read_slab_head(path) for rank, path in paths.items()}
+    owner = owner_name(next(iter(paths.values())).stat().st_uid)
+    now = time.time_ns()
+    return Capture(source, "slab", b"", now, now, owner=owner, tier="disk", slabs=heads)
 
 
 def owner_name(uid: int) -> str:
@@ -253,8 +280,8 @@ def _arena_heads(instance: str, objects: Mapping[str, int], slots: int) -> dict[
             continue
         try:
             with opened(name) as fd:
-                size = min(PAGE_BYTES + slots * SLOT_HEADER_BYTES, _there(os.fstat(fd)))
-                heads[int(rank)] = _read(fd, size)
+                size = min(PAGE_BYTES + slots * SLOT_HEADER_BYTES, bytes_there(os.fstat(fd)))
+                heads[int(rank)] = read_head(fd, size)
         except OSError:
             continue
     return heads
@@ -269,17 +296,7 @@ def write_snapshot(taken: Capture, path: Path) -> None:
     InspectError
         It cannot be written.
     """
-    about = {
-        "format": SNAPSHOT_FORMAT,
-        "source": taken.source,
-        "realtime_ns": taken.realtime_ns,
-        "monotonic_ns": taken.monotonic_ns,
-        "locked": None if taken.locked is None else sorted(taken.locked),
-        "in_use": taken.in_use,
-        "recovery_locked": taken.recovery_locked,
-        "objects": dict(taken.objects),
-        "owner": taken.owner,
-    }
+    about = {"format": SNAPSHOT_FORMAT, **_facts(taken)}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -289,18 +306,43 @@ def write_snapshot(taken: Capture, path: Path) -> None:
         ):
             archive.writestr("capture.json", json.dumps(about, indent=1))
             archive.writestr("segment", taken.data)
-            for rank, head in sorted(taken.arenas.items()):
-                archive.writestr(f"arena.{rank}", head)
+            for rank, arena in sorted(taken.arenas.items()):
+                archive.writestr(f"arena.{rank}", arena)
+            if taken.disk is not None:
+                archive.writestr("disk", taken.disk.data)
+            slabs = taken.slabs if taken.disk is None else taken.disk.slabs
+            for rank, slab in sorted(slabs.items()):
+                archive.writestr(f"slab.{rank}", slab.data)
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise InspectError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def _facts(taken: Capture) -> dict[str, Any]:
+    """All that a capture knows beside the bytes."""
+    return {
+        "kind": taken.kind,
+        "source": taken.source,
+        "realtime_ns": taken.realtime_ns,
+        "monotonic_ns": taken.monotonic_ns,
+        "locked": None if taken.locked is None else sorted(taken.locked),
+        "in_use": taken.in_use,
+        "recovery_locked": taken.recovery_locked,
+        "objects": dict(taken.objects),
+        "owner": taken.owner,
+        "disk": None if taken.disk is None else _facts(taken.disk),
+        "slabs": {
+            rank: {"path": slab.path, "size": slab.size, "in_use": slab.in_use}
+            for rank, slab in taken.slabs.items()
+        },
+    }
+
+
 def _from_snapshot(path: Path) -> Capture:
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_room(sum(member.file_size for member in archive.infolist()), path)
+            check_room(sum(member.file_size for member in archive.infolist()), path)
             about = json.loads(archive.read("capture.json"))
             if about.get("format") != SNAPSHOT_FORMAT:
                 raise InspectError(
@@ -308,19 +350,12 @@ def _from_snapshot(path: Path) -> Capture:
                     f"this version reads {SNAPSHOT_FORMAT}"
                 )
             names = [n for n in archive.namelist() if n.startswith("arena.") and n[6:].isdigit()]
-            return Capture(
-                str(path),
-                "snapshot",
-                archive.read("segment"),
-                _number(about["realtime_ns"]),
-                _number(about["monotonic_ns"]),
-                None if about["locked"] is None else frozenset(map(int, about["locked"])),
-                about["in_use"],
-                about["recovery_locked"],
-                {str(k): int(v) for k, v in about["objects"].items()},
-                {int(name[6:]): archive.read(name) for name in names},
-                str(about["owner"]),
-            )
+            arenas = {int(name[6:]): archive.read(name) for name in names}
+            found = _from_facts(str(path), about, archive, "segment")
+            if about.get("disk") is None:
+                return replace(found, arenas=arenas)
+            disk = replace(_from_facts(str(path), about["disk"], archive, "disk"), tier="disk")
+            return replace(found, arenas=arenas, disk=disk)
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -333,6 +368,31 @@ def _from_snapshot(path: Path) -> Capture:
         RuntimeError,
     ) as error:
         raise InspectError(f"{path} is a damaged snapshot: {error}") from None
+
+
+def _from_facts(
+    source: str, about: Mapping[str, Any], archive: zipfile.ZipFile, member: str
+) -> Capture:
+    of_slabs = about.get("kind") == "slab"
+    return Capture(
+        source,
+        "slab" if of_slabs else "snapshot",
+        archive.read(member),
+        _number(about["realtime_ns"]),
+        _number(about["monotonic_ns"]),
+        None if about["locked"] is None else frozenset(map(int, about["locked"])),
+        about["in_use"],
+        about["recovery_locked"],
+        {str(k): int(v) for k, v in about["objects"].items()},
+        owner=str(about["owner"]),
+        tier="disk" if of_slabs else "host",
+        slabs={
+            int(rank): SlabHead(
+                str(slab["path"]), int(slab["size"]), archive.read(f"slab.{rank}"), slab["in_use"]
+            )
+            for rank, slab in about.get("slabs", {}).items()
+        },
+    )
 
 
 def _number(value: Any) -> int | None:

@@ -23,6 +23,8 @@ from kvbm.errors import InspectError
 from kvbm.inspect import changes, detail, gc, picture, report, text, tree
 from kvbm.inspect.capture import Capture, capture, resolve, write_snapshot
 from kvbm.inspect.decode import Segment
+from kvbm.inspect.slab import find_slabs
+from kvbm.inspect.slab_segment import decoded
 from kvbm.inspect.verify import verify as verify_source
 from kvbm.instance import instances
 
@@ -31,6 +33,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 source_argument = click.argument("source", required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+tier_option = click.option(
+    "--tier", type=click.Choice([*contract.TIERS.values()]), help="The blocks of this tier."
+)
 limit_option = click.option("--limit", type=click.IntRange(0), help="Print at most this many.")
 
 
@@ -38,9 +43,10 @@ limit_option = click.option("--limit", type=click.IntRange(0), help="Print at mo
 def main() -> None:
     """Look at a kvbm instance from outside: live, after a crash, or in a file.
 
-    SOURCE is the name of an instance, a file made by `snapshot`, or a plain copy of a segment
-    (cp /dev/shm/kvbm-NAME FILE). Without it, the only instance on this host is meant. Nothing is
-    attached, locked or written; `gc` alone removes something.
+    SOURCE is the name of an instance, a file made by `snapshot`, a plain copy of a segment
+    (cp /dev/shm/kvbm-NAME FILE), or a slab of the disk tier, which outlives a reboot. Slabs are
+    looked for in DYN_KVBM_DISK_CACHE_DIR. Without SOURCE, the only instance on this host is meant.
+    Nothing is attached, locked or written; `gc` alone removes something.
     """
 
 
@@ -62,9 +68,9 @@ def command(name: str) -> Callable[[Callable[..., int | None]], click.Command]:
     return make
 
 
-def opened(source: str | None, slot_headers: bool = False) -> Segment:
+def opened(source: str | None, slot_headers: bool = False, slabs: bool | None = None) -> Segment:
     """Capture and decode; what cannot be decoded is told on standard error."""
-    return Segment(capture(resolve(source), slot_headers))
+    return decoded(capture(resolve(source), slot_headers, slabs))
 
 
 def live_name(source: str | None) -> str:
@@ -77,7 +83,7 @@ def live_name(source: str | None) -> str:
 
 def tell_damage(segment: Segment) -> None:
     """Say on standard error what could not be decoded."""
-    for problem in segment.damage:
+    for problem in segment.damage + ([] if segment.disk is None else segment.disk.damage):
         click.echo(f"kvbm.inspect: damaged: {problem}", err=True)
 
 
@@ -129,8 +135,9 @@ def _instance_row(instance: str) -> Row:
         "problem": None,
     }
     row["bytes"] = sum(_object_bytes(name) for name in instances().get(instance, []))
+    row["slab_bytes"] = sum(_size_of(path) for path in find_slabs().get(instance, {}).values())
     try:
-        found = report.summary(Segment(capture(instance)))
+        found = report.summary(decoded(capture(instance)))
     except InspectError as error:
         return row | {"state": "no segment", "problem": str(error)}
     names = ("state", "owner", "leaders", "workers", "pools", "age_seconds", "fingerprint")
@@ -139,8 +146,12 @@ def _instance_row(instance: str) -> Row:
 
 
 def _object_bytes(name: str) -> int:
+    return _size_of(SHARED_MEMORY / name.lstrip("/"))
+
+
+def _size_of(path: Path) -> int:
     try:
-        return (SHARED_MEMORY / name.lstrip("/")).stat().st_size
+        return path.stat().st_size
     except FileNotFoundError:
         return 0
 
@@ -151,9 +162,10 @@ def list_instances(as_json: bool) -> None:
     """Instances on this host: owner, state, tiers, size, age, fingerprint.
 
     A state is one of: "in use"; "idle" (nobody attached, nothing left over); "dead" (what died in
-    it has not been recovered yet); "damaged"; "no segment" (arenas alone).
+    it has not been recovered yet); "damaged"; "no segment" (arenas alone); "on disk" (slabs alone).
     """
-    rows = [_instance_row(instance) for instance in instances()]
+    there = instances()
+    rows = [_instance_row(name) for name in [*there, *(n for n in find_slabs() if n not in there)]]
     if as_json:
         print_document("list", {"instances": rows})
         return
@@ -168,7 +180,7 @@ def list_instances(as_json: bool) -> None:
 @json_option
 def show(source: str | None, as_json: bool) -> None:
     """Summary: sizes, fill, states, participants, counters."""
-    found = report.summary(opened(source))
+    found = report.summary(opened(source, slabs=True))
     if as_json:
         print_document("show", found)
     else:
@@ -236,7 +248,7 @@ def serve(source: str | None, port: int, address: str) -> None:
 @command("blocks")
 @source_argument
 @click.option("--state", type=click.Choice([*contract.BLOCK_STATES.values()]))
-@click.option("--tier", type=click.Choice([*contract.TIERS.values()]), help="With a place there.")
+@tier_option
 @click.option("--held/--not-held", default=None, help="Held by any leader, or by none.")
 @click.option("--holder", type=click.IntRange(0, contract.LEADERS - 1), help="Held by this leader.")
 @click.option("--group", type=click.IntRange(0), help="Of this KV-cache group.")
@@ -249,8 +261,8 @@ def serve(source: str | None, port: int, address: str) -> None:
 @limit_option
 @json_option
 def blocks(source: str | None, limit: int | None, as_json: bool, **wanted: Any) -> int:
-    """Blocks in use, or those of a state, one a line."""
-    segment = opened(source)
+    """Blocks in use, or those of a state, one a line: of the host tier, or with --tier disk."""
+    segment = opened(source).of_tier(wanted["tier"])
     chosen = report.select_blocks(segment, report.Filter(**wanted))
     rows = report.block_rows(segment, chosen if limit is None else chosen[:limit])
     return print_rows("blocks", segment, rows, as_json, total=len(chosen))
@@ -276,11 +288,17 @@ def ops(source: str | None, limit: int | None, as_json: bool, **wanted: Any) -> 
 @click.option("--role", type=click.Choice([*contract.ROLES.values()]))
 @click.option("--alive/--dead", default=None)
 @click.option("--leader", type=click.IntRange(0, contract.LEADERS - 1), help="It and its workers.")
+@tier_option
 @limit_option
 @json_option
-def participants(source: str | None, limit: int | None, as_json: bool, **wanted: Any) -> int:
-    """Leaders and workers: pid, alive or dead, blocks held, operations not begun."""
-    segment = opened(source)
+def participants(
+    source: str | None, tier: str | None, limit: int | None, as_json: bool, **wanted: Any
+) -> int:
+    """Leaders and workers: pid, alive or dead, blocks held, operations not begun.
+
+    With --tier disk: the leaders, as they are attached to the disk tier's table.
+    """
+    segment = opened(source).of_tier(tier)
     rows = report.participant_rows(segment, report.Lines(**wanted))
     return print_rows("participants", segment, islice(rows, limit), as_json)
 
@@ -293,10 +311,10 @@ def block(reference: str, source: str | None, as_json: bool) -> None:
     """Everything about one block.
 
     REFERENCE is a slot of the host tier (17), the begin of a digest (8f3a), or block:N, slot:N,
-    disk:N, digest:HEX.
+    disk:N, digest:HEX. A digest is looked for in all tiers.
     """
     segment = opened(source, slot_headers=True)
-    found = [detail.detail(segment, number) for number in detail.find(segment, reference)[:16]]
+    found = [detail.detail(table, number) for table, number in detail.find(segment, reference)[:16]]
     if as_json:
         body = {"source": segment.capture.source, "blocks": found, "damage": segment.damage}
         print_document("block", body)
@@ -312,20 +330,14 @@ def block(reference: str, source: str | None, as_json: bool) -> None:
 @click.option("--depth", type=click.IntRange(1), help="Levels of branches to show.")
 @click.option("--least", type=click.IntRange(1), default=1, help="Smallest subtree, in blocks.")
 @click.option("--group", type=click.IntRange(0), help="Of this KV-cache group.")
+@tier_option
 @limit_option
 @json_option
-def tree_command(
-    source: str | None,
-    depth: int | None,
-    least: int,
-    group: int | None,
-    limit: int | None,
-    as_json: bool,
-) -> None:
+def tree_command(source: str | None, limit: int | None, as_json: bool, **wanted: Any) -> None:
     """The radix tree: chains of blocks with one child each are one line, largest first."""
-    segment = opened(source)
-    whole = tree.tree_of(segment, group)
-    found = islice(tree.nodes(whole, depth, least), limit)
+    segment = opened(source).of_tier(wanted["tier"])
+    whole = tree.tree_of(segment, wanted["group"])
+    found = islice(tree.nodes(whole, wanted["depth"], wanted["least"]), limit)
     if as_json:
         rows = [tree.node_row(segment, node) for node in found]
         body = {"source": segment.capture.source, **tree.summary(whole), "runs": rows}
@@ -368,11 +380,12 @@ def snapshot(file: Path, source: str | None, arenas: bool) -> None:
 @command("diff")
 @click.argument("old")
 @click.argument("new")
+@tier_option
 @click.option("--limit", type=click.IntRange(0), default=20, show_default=True)
 @json_option
-def diff(old: str, new: str, limit: int, as_json: bool) -> None:
+def diff(old: str, new: str, tier: str | None, limit: int, as_json: bool) -> None:
     """What changed between two snapshots, or since a snapshot of a live instance."""
-    found = changes.changes(opened(old), opened(new))
+    found = changes.changes(opened(old).of_tier(tier), opened(new).of_tier(tier))
     if as_json:
         print_document("diff", {"old": old, "new": new, **found})
     else:

@@ -21,6 +21,7 @@ from kvbm._fast.contract import Section
 from kvbm._fast.segment import COUNTER_NAMES, Shape
 from kvbm.inspect.capture import Capture
 from kvbm.inspect.records import Array, part, record_dtype, shape_of
+from kvbm.inspect.slab import SlabFacts
 from kvbm.instance import segment_name
 from kvbm.tiers.host import ArenaHeader
 from kvbm.transfer.arena_layout import SLOT_HEADER
@@ -29,6 +30,11 @@ RECORD_OF = {
     name: section.record
     for name, section in contract.sections(Shape(1, 1, 1, 1, 1, 1, True)).items()
 }
+# The disk tier's segment is a table of its own, in which a host slot is a disk slot.
+HOST_TIERS, DISK_TIERS = {0: "host"}, {0: "disk"}
+HOST_POOLS = {"blocks": "blocks", "host": "host"}
+DISK_POOLS = {"blocks": "blocks", "disk": "host"}
+
 Words = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
@@ -109,13 +115,22 @@ class Segment:
         What could not be decoded, or is not as it must be.
     shape : Shape or None
         Sizes; None if the header is missing or impossible.
+    tiers : dict of int to str
+        Names of the tiers in which its blocks have placements.
+    pools : dict of str to str
+        Names of its pools, and as which they stand in layout.h.
     """
+
+    tiers: Mapping[int, str] = HOST_TIERS
+    pools: Mapping[str, str] = HOST_POOLS
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.damage: list[str] = []
         self.shape: Shape | None = None
         self._sections = self._find_sections()
+        if self.is_of_disk:
+            self.tiers, self.pools = DISK_TIERS, DISK_POOLS
 
     def _find_sections(self) -> dict[str, Section]:
         data = self.capture.data
@@ -150,6 +165,35 @@ class Segment:
                 f"its sizes make {end}"
             )
         return sections
+
+    @property
+    def is_of_disk(self) -> bool:
+        """Whether it is a disk tier's: its description names slabs in place of a model."""
+        return self.capture.tier == "disk" or "slabs" in self.description
+
+    @property
+    def checked_tiers(self) -> Mapping[int, str]:
+        """All tiers that its blocks have words for."""
+        return self.tiers if self.is_of_disk else contract.TIERS
+
+    @property
+    def checked_pools(self) -> Mapping[str, str]:
+        """All pools that it has, also those in which there is nothing."""
+        return self.pools if self.is_of_disk else {name: name for name in contract.POOLS.values()}
+
+    @functools.cached_property
+    def disk(self) -> Segment | None:
+        """The segment of the instance's disk tier; None if it was not captured."""
+        return None if self.capture.disk is None else Segment(self.capture.disk)
+
+    @functools.cached_property
+    def slabs(self) -> dict[int, SlabFacts]:
+        """What the slabs say of themselves, by rank."""
+        return {rank: SlabFacts(head) for rank, head in sorted(self.capture.slabs.items())}
+
+    def of_tier(self, tier: str | None) -> Segment:
+        """The block table of a tier; this one if there is none of that name."""
+        return self.disk if tier == "disk" and self.disk is not None else self
 
     def array(self, name: str) -> Array:
         """Records of a section that are there whole."""
@@ -204,12 +248,14 @@ class Segment:
         """Records or slots of a pool, as far as its words are there: a header may lie."""
         if self.shape is None:
             return 0
+        pool = self.pools.get(pool, pool)
         sizes = {"blocks": self.shape.block_capacity, "host": self.shape.host_slots}
         return min(sizes.get(pool, self.shape.disk_slots), 64 * len(self.array(f"pool.{pool}")))
 
     def free(self, pool: str) -> npt.NDArray[np.bool_]:
         """Whether each record or slot of a pool is free."""
-        bits = np.unpackbits(self.array(f"pool.{pool}").view(np.uint8), bitorder="little")
+        words = self.array(f"pool.{self.pools.get(pool, pool)}")
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
         return bits[: self.capacity(pool)].astype(np.bool_)
 
     def counters(self) -> dict[str, int]:

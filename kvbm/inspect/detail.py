@@ -13,19 +13,20 @@ from kvbm.errors import InspectError
 from kvbm.inspect.decode import Segment
 from kvbm.inspect.records import part
 from kvbm.inspect.report import Row, block_row, operation_row
+from kvbm.inspect.slab import CONDITIONS, SlabFacts
 
 LISTED_MAX = 1000
 SLOT_STATES = {0: "empty", 1: "filling", 2: "valid"}
 
 
-def find(segment: Segment, reference: str) -> list[int]:
-    """Blocks that a reference means.
+def find(segment: Segment, reference: str) -> list[tuple[Segment, int]]:
+    """Blocks that a reference means, in the tables of all tiers: table and number.
 
     Parameters
     ----------
     reference : str
         `block:N`, `slot:N`, `disk:N`, `digest:HEX`, or without a word: up to nine digits are a
-        slot of the host tier, anything else the begin of a digest.
+        slot, of the host tier where there is one, anything else the begin of a digest.
 
     Raises
     ------
@@ -36,17 +37,12 @@ def find(segment: Segment, reference: str) -> list[int]:
     if not found:
         value = reference.lower().removeprefix("0x")
         word = "slot" if re.fullmatch(r"[0-9]{1,9}", reference) else "digest"
-    blocks = segment.blocks
+    tables = [segment] if segment.disk is None else [segment, segment.disk]
     if word == "digest" and re.fullmatch(r"[0-9a-fA-F]{1,32}", value):
-        chosen = _with_digest(segment, value.lower())
+        chosen = [(table, n) for table in tables for n in _with_digest(table, value.lower())]
     elif word in ("block", "slot", "disk") and re.fullmatch(r"[0-9]{1,10}", value):
-        number = int(value)
-        if word == "block":
-            chosen = [number] if number < len(blocks) else []
-        else:
-            tier = 1 if word == "disk" else 0
-            named = (blocks.slot[:, tier] == number) & (blocks.placement_state[:, tier] != 0)
-            chosen = [int(n) for n in np.flatnonzero(named & (blocks.state != 0))]
+        table = segment.of_tier("disk" if word == "disk" else None)
+        chosen = [(table, n) for n in _numbered(table, word, int(value))]
     else:
         raise InspectError(
             f"{reference} is not understood: a slot (17), the begin of a digest (8f3a...), "
@@ -55,6 +51,17 @@ def find(segment: Segment, reference: str) -> list[int]:
     if not chosen:
         raise InspectError(f"{reference}: there is no such block")
     return chosen
+
+
+def _numbered(table: Segment, word: str, number: int) -> list[int]:
+    """The record, or the blocks with this slot."""
+    blocks = table.blocks
+    if word == "block":
+        return [number] if number < len(blocks) else []
+    if word == "disk" and not table.is_of_disk:
+        return []
+    named = (blocks.slot[:, 0] == number) & (blocks.placement_state[:, 0] != 0)
+    return [int(n) for n in np.flatnonzero(named & (blocks.state != 0))]
 
 
 def _with_digest(segment: Segment, prefix: str) -> list[int]:
@@ -76,6 +83,7 @@ def detail(segment: Segment, block: int) -> Row:
     free = segment.free("blocks")
     below = np.flatnonzero((blocks.parent == block) & (blocks.state != 0))
     return {
+        "tier": "disk" if segment.is_of_disk else "host",
         **block_row(segment, block),
         "record_is_free": bool(free[block]) if block < len(free) else None,
         "chain": chain(segment, block),
@@ -143,12 +151,16 @@ def _operations(segment: Segment, block: int) -> list[Row]:
 
 
 def slot_headers(segment: Segment, block: int) -> list[dict[str, Any]]:
-    """What each rank's arena says about the block's slot of the host tier."""
+    """What each rank's arena or slab says about the block's slot."""
     blocks = segment.blocks
     if int(blocks.placement_state[block, 0]) == 0:
         return []
     slot = int(blocks.slot[block, 0])
-    found = []
+    found = [
+        _slab_header(facts, rank, slot)
+        for rank, facts in segment.slabs.items()
+        if slot < len(facts.headers)
+    ]
     for rank in segment.arenas:
         headers = segment.slot_headers(rank)
         if slot >= len(headers):
@@ -169,3 +181,22 @@ def slot_headers(segment: Segment, block: int) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _slab_header(facts: SlabFacts, rank: int, slot: int) -> Row:
+    header = facts.headers[slot]
+    digests = {
+        name: b"".join(int(header[f"{name}_{half}"]).to_bytes(8, "little") for half in ("lo", "hi"))
+        for name in ("digest", "parent")
+    }
+    return {
+        "rank": rank,
+        "state": CONDITIONS[int(facts.conditions[slot])],
+        "generation": int(header["generation"]),
+        "digest": digests["digest"].hex(),
+        "parent": digests["parent"].hex(),
+        "checksum": f"{int(header['data_checksum']):#018x}",
+        "payload_bytes": int(header["payload_bytes"]),
+        "written_unix_s": int(header["written_ns"]) / 1e9,
+        "block": None,
+    }

@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 from kvbm.errors import InspectError
 from kvbm.inspect.live import LiveSegment, Rates
+from kvbm.instance import disk_instance
 
 
 class Follower:
@@ -41,6 +42,15 @@ class Follower:
         rates.add(time.monotonic(), live.counters())
         return found
 
+    def look_with_disk(
+        self, instance: str
+    ) -> tuple[LiveSegment, Rates, tuple[LiveSegment, Rates] | None]:
+        """As `look`, and the same of the instance's disk tier, if it has one that is open."""
+        live, rates = self.look(instance)
+        name = disk_instance(instance)
+        there = live.shape.disk_slots and self.find(name) is not None
+        return live, rates, self._open[name] if there else None
+
     def find(self, instance: str) -> LiveSegment | None:
         """The segment that has the name now; None where none can be read."""
         try:
@@ -49,8 +59,9 @@ class Follower:
             return None
 
     def keep(self, instances: Collection[str]) -> None:
-        """Close all others."""
-        for name in [name for name in self._open if name not in instances]:
+        """Close all others, but for the disk tiers of these."""
+        wanted = {*instances, *map(disk_instance, instances)}
+        for name in [name for name in self._open if name not in wanted]:
             self._open.pop(name)[0].close()
 
     def close(self) -> None:

@@ -7,12 +7,15 @@ import time
 from typing import Any
 
 from kvbm._fast import contract
-from kvbm.inspect.live import WINDOWS, LiveSegment, Rates
+from kvbm.inspect.live import WINDOWS, LiveSegment, Rates, Sweep
 
 Row = dict[str, Any]
 
 
-def frame(live: LiveSegment, rates: Rates) -> Row:
+Followed = tuple[LiveSegment, Rates]
+
+
+def frame(live: LiveSegment, rates: Rates, disk: Followed | None = None) -> Row:
     """Read the segment once, with the next piece of the sweep over its block table.
 
     Parameters
@@ -21,24 +24,27 @@ def frame(live: LiveSegment, rates: Rates) -> Row:
         The segment.
     rates : Rates
         Of its counters; the caller adds the samples.
+    disk : tuple, optional
+        The same two of the instance's disk tier.
 
     Returns
     -------
     dict
         Values that JSON can carry: `instance`, `age_seconds`, `recovering`, `pools` (name to `used`
         and `total`), `blocks` (state to number, and `held`), `windows` (`seconds`, `hit_rate`,
-        `per_second` of each counter), `operations`, the oldest first, `participants`, `prefixes`.
+        `per_second` of each counter), `operations`, the oldest first, `participants`, `prefixes`;
+        `disk`: `blocks` and `windows` of the disk tier, None if there is none.
     """
     swept = live.sweep()
+    pools = live.pools()
+    if disk is not None:
+        pools["disk"] = disk[0].pools()["host"]
     return {
         "instance": live.instance,
         "age_seconds": (time.time_ns() - int(live.header["created_ns"])) / 1e9,
         "recovering": bool(live.header["recovering"]),
-        "pools": {
-            name: {"used": used, "total": total} for name, (used, total) in live.pools().items()
-        },
-        "blocks": {name: swept.states[state] for state, name in contract.BLOCK_STATES.items()}
-        | {"held": swept.held},
+        "pools": {name: {"used": used, "total": total} for name, (used, total) in pools.items()},
+        "blocks": _blocks(swept),
         "windows": [_window(rates, seconds) for seconds in WINDOWS],
         "operations": _operations(live),
         "participants": _participants(live),
@@ -46,6 +52,19 @@ def frame(live: LiveSegment, rates: Rates) -> Row:
             {"digest": live.digest(block), "blocks": position + 1, "continuations": children}
             for children, block, position, _ in swept.branching
         ],
+        "disk": None if disk is None else _disk(*disk),
+    }
+
+
+def _blocks(swept: Sweep) -> Row:
+    found = {name: swept.states[state] for state, name in contract.BLOCK_STATES.items()}
+    return found | {"held": swept.held}
+
+
+def _disk(live: LiveSegment, rates: Rates) -> Row:
+    return {
+        "blocks": _blocks(live.sweep()),
+        "windows": [_window(rates, seconds) for seconds in WINDOWS],
     }
 
 

@@ -122,17 +122,20 @@ def draw_tiers(segment: Segment, colour: str) -> Drawing:
         What the colours say.
     """
     drawing = Drawing()
-    colours, legend = block_colours(segment, colour)
+    tables = [segment] if segment.disk is None else [segment, segment.disk]
+    painted = [block_colours(table, colour) for table in tables]
+    legends = {text: paint for _, legend in painted for text, paint in legend.items()}
     drawing.heading(f"{segment.capture.source}: slots by {colour}")
-    drawing.legend({"free": EMPTY, **legend})
-    for tier, name in contract.TIERS.items():
-        capacity = segment.capacity(name)
-        if capacity == 0:
-            continue
-        cells = _cells(segment, tier, capacity, colours)
-        used = int((cells >= 0).sum())
-        drawing.heading(f"{name}: {used} of {capacity} slots")
-        _draw_cells(drawing, cells, [*legend.values()])
+    drawing.legend({"free": EMPTY, **legends})
+    for table, (colours, legend) in zip(tables, painted, strict=True):
+        for tier, name in table.tiers.items():
+            capacity = table.capacity(name)
+            if capacity == 0:
+                continue
+            cells = _cells(table, tier, capacity, colours)
+            used = int((cells >= 0).sum())
+            drawing.heading(f"{name}: {used} of {capacity} slots")
+            _draw_cells(drawing, cells, [*legend.values()])
     return drawing
 
 

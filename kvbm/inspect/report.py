@@ -27,7 +27,14 @@ def leaders_in(holders: int) -> list[int]:
 
 # ---- summary -------------------------------------------------------------------------------------
 def state_of(segment: Segment) -> str:
-    """In one word: in use, idle, dead (somebody died in it), unknown (a plain copy), damaged."""
+    """In a word: in use, idle, dead (somebody died in it), unknown (a plain copy), damaged.
+
+    Or on disk: slabs that no segment is about.
+    """
+    if segment.capture.kind == "slab" and segment.slabs:
+        if any(facts.superblock is None for facts in segment.slabs.values()):
+            return "damaged"
+        return "in use" if any(f.head.in_use for f in segment.slabs.values()) else "on disk"
     if segment.shape is None or int(segment.header["magic"]) != contract.MAGIC:
         return "damaged"
     if segment.capture.locked is None:
@@ -42,13 +49,17 @@ def state_of(segment: Segment) -> str:
 
 def pools(segment: Segment) -> dict[str, Row]:
     """Fill of the block records and of each tier."""
-    found = {}
-    for pool in contract.POOLS.values():
-        total = segment.capacity(pool)
-        if total or pool != "disk":
-            free = int(segment.free(pool).sum())
-            found[pool] = {"total": total, "free": free, "used": total - free}
+    found = {pool: _fill(segment, pool) for pool in segment.pools}
+    if segment.disk is not None:
+        found["disk"] = _fill(segment.disk, "disk")
+    elif segment.capacity("disk") and not segment.is_of_disk:  # it is configured, not open yet
+        found["disk"] = _fill(segment, "disk")
     return found
+
+
+def _fill(segment: Segment, pool: str) -> Row:
+    total, free = segment.capacity(pool), int(segment.free(pool).sum())
+    return {"total": total, "free": free, "used": total - free}
 
 
 def block_states(segment: Segment) -> dict[str, int]:
@@ -74,6 +85,7 @@ def summary(segment: Segment) -> Row:
     """All about an instance that fits on a screen."""
     header, shape = segment.header, segment.shape
     lines = list(participant_rows(segment))
+    ranks = 0 if shape is None or segment.slabs else shape.ranks
     found: Row = {
         "instance": segment.capture.source,
         "kind": segment.capture.kind,
@@ -88,12 +100,12 @@ def summary(segment: Segment) -> Row:
         "description": segment.description,
         "nonce": int(header["nonce"]),
         "format": int(header["format_version"]),
-        "shape": None if shape is None else shape._asdict(),
+        "shape": None if shape is None or segment.slabs else shape._asdict(),
         "key_epoch": int(header["key_epoch"]),
         "tick": int(header["tick"]),
         "recovering": bool(header["recovering"]),
         "recovery_locked": segment.capture.recovery_locked,
-        "ready_slots": [int(n) for n in header["ready_slots"][: shape.ranks if shape else 0]],
+        "ready_slots": [int(n) for n in header["ready_slots"][:ranks]],
         "pools": pools(segment),
         "blocks": block_states(segment),
         "operations": operation_states(segment),
@@ -112,8 +124,37 @@ def summary(segment: Segment) -> Row:
         ],
     }
     found["hit_rate"] = _ratio(found["counters"], "matched_blocks", "lookup_blocks")
+    found["disk"] = None if segment.disk is None else disk_summary(segment.disk)
+    found["slabs"] = [facts.row() for facts in segment.slabs.values()]
     found["damage"] = list(segment.damage)
     return found
+
+
+def disk_summary(disk: Segment) -> Row:
+    """The disk tier of an instance: its table, what it counted, its slabs."""
+    nonces = disk.description.get("slabs")
+    return {
+        "state": state_of(disk),
+        "age_seconds": disk.seconds_since(int(disk.header["created_ns"])),
+        "bytes": len(disk.capture.data),
+        "key_epoch": int(disk.header["key_epoch"]),
+        "recovering": bool(disk.header["recovering"]),
+        "pools": pools(disk),
+        "blocks": block_states(disk),
+        "counters": disk.counters(),
+        "slabs": [
+            {**facts.row(), "belongs": _belongs(facts.row(), rank, nonces)}
+            for rank, facts in disk.slabs.items()
+        ],
+        "damage": list(disk.damage),
+    }
+
+
+def _belongs(slab: Row, rank: int, nonces: Any) -> bool | None:
+    """Whether a slab is the one that the tier was made for; None if it cannot be said."""
+    if not isinstance(nonces, list) or rank >= len(nonces) or slab["nonce"] is None:
+        return None
+    return bool(slab["nonce"] == nonces[rank])
 
 
 def _ratio(counters: dict[str, int], part_name: str, whole: str) -> float | None:
@@ -238,8 +279,9 @@ def select_blocks(segment: Segment, wanted: Filter) -> npt.NDArray[np.int64]:
     if wanted.held is not None:
         mask &= (blocks.holders != 0) == wanted.held
     if wanted.tier is not None:
-        tier = next(n for n, name in contract.TIERS.items() if name == wanted.tier)
-        mask &= blocks.placement_state[:, tier] != 0
+        for tier, name in segment.tiers.items():
+            placed = blocks.placement_state[:, tier] != 0
+            mask &= placed if name == wanted.tier else np.bool_(False)
     now = segment.capture.monotonic_ns
     if wanted.older is not None:
         mask &= blocks.registered_ns > 0
@@ -264,7 +306,7 @@ def block_row(segment: Segment, block: int) -> Row:
     """One block."""
     blocks = segment.blocks
     placements = {}
-    for tier, name in contract.TIERS.items():
+    for tier, name in segment.tiers.items():
         state = int(blocks.placement_state[block, tier])
         if state:
             placements[name] = {

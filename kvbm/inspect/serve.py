@@ -92,7 +92,7 @@ class PageServer(ThreadingHTTPServer):
             raise InspectError(f"there is no instance {instance!r}")
         with self._lock:
             self._follower.keep(names)
-            return frame(*self._follower.look(instance))
+            return frame(*self._follower.look_with_disk(instance))
 
     def server_close(self) -> None:
         """Stop listening, and close what is followed."""

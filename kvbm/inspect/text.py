@@ -76,7 +76,7 @@ def yes_no(value: bool | None) -> str:
     return {True: "yes", False: "no", None: "?"}[value]
 
 
-def placement(row: Row, tier: str) -> str:
+def placement(row: Row, tier: str = "host") -> str:
     """Slot of a block in a tier, with a mark while it is being filled."""
     found = row["placements"].get(tier)
     if found is None:
@@ -134,6 +134,7 @@ INSTANCE_COLUMNS = (
     Column("host used", 17, lambda r: _fill(r, "host")),
     Column("disk used", 17, lambda r: _fill(r, "disk")),
     Column("size", 10, lambda r: size(r["bytes"])),
+    Column("slabs", 10, lambda r: size(r["slab_bytes"]) if r["slab_bytes"] else None),
     Column("age", 7, lambda r: duration(r["age_seconds"])),
     Column("fingerprint", 11, lambda r: (r["fingerprint"] or "-")[:8], left=True),
 )
@@ -154,7 +155,8 @@ def summary_lines(row: Row) -> Iterator[str]:
     """The screen of `show`."""
     yield f"instance     {row['instance']} ({row['kind']}), {row['state']}"
     yield f"owner        {row['owner'] or '-'}, age {duration(row['age_seconds'])}"
-    yield f"size         segment {size(row['bytes'])}, arenas {size(row['arena_bytes'])}"
+    if row["kind"] != "slab":
+        yield f"size         segment {size(row['bytes'])}, arenas {size(row['arena_bytes'])}"
     shape = row["shape"]
     if shape is not None:
         kind = "private" if shape["private_instance"] else "shared"
@@ -173,29 +175,78 @@ def summary_lines(row: Row) -> Iterator[str]:
     yield f"fingerprint  {row['fingerprint']}"
     for name, value in sorted(row["description"].items()):
         yield f"  {name:<16} {value}"
-    yield (
-        f"participants {row['leaders']} leaders, {row['workers']} workers, {row['dead']} dead"
-        + (", recovering" if row["recovering"] else "")
-    )
-    for name, pool in row["pools"].items():
-        share = pool["used"] / pool["total"] if pool["total"] else 0.0
-        yield f"{name:<12} {bar(share)} {pool['used']}/{pool['total']} ({percent(share)})"
-    states = ", ".join(f"{count} {name}" for name, count in row["blocks"].items() if count)
-    yield f"blocks       {states or 'none'}"
-    operations = ", ".join(f"{count} {name}" for name, count in row["operations"].items())
-    yield f"operations   {operations or 'none in flight'}"
-    yield f"hit rate     {percent(row['hit_rate'])} of the blocks looked up"
-    yield "counters"
-    for name, value in row["counters"].items():
-        if value:
-            yield f"  {name:<22} {value}"
+    if row["kind"] == "slab":
+        yield from _fill_lines(row["pools"])
+    else:
+        yield from _life_lines(row)
+    if row["disk"] is not None:
+        yield from _disk_lines(row["disk"])
+    for slab in row["slabs"]:
+        yield from _slab_lines(slab)
     for text in row["damage"]:
         yield f"damage       {text}"
 
 
+def _life_lines(row: Row) -> Iterator[str]:
+    """What a segment has and a slab has not: who is there, and what was counted."""
+    yield (
+        f"participants {row['leaders']} leaders, {row['workers']} workers, {row['dead']} dead"
+        + (", recovering" if row["recovering"] else "")
+    )
+    yield from _fill_lines(row["pools"])
+    yield f"blocks       {_counts(row['blocks'])}"
+    operations = ", ".join(f"{count} {name}" for name, count in row["operations"].items())
+    yield f"operations   {operations or 'none in flight'}"
+    yield f"hit rate     {percent(row['hit_rate'])} of the blocks looked up"
+    yield "counters"
+    yield from _counter_lines(row["counters"])
+
+
+def _fill_lines(pools: Row) -> Iterator[str]:
+    for name, pool in pools.items():
+        share = pool["used"] / pool["total"] if pool["total"] else 0.0
+        yield f"{name:<12} {bar(share)} {pool['used']}/{pool['total']} ({percent(share)})"
+
+
+def _counts(counts: Row) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
+
+
+def _counter_lines(counters: Row) -> Iterator[str]:
+    for name, value in counters.items():
+        if value:
+            yield f"  {name:<22} {value}"
+
+
+def _disk_lines(disk: Row) -> Iterator[str]:
+    """The disk tier in the screen of `show`."""
+    more = ", recovering" if disk["recovering"] else ""
+    yield f"disk tier    {disk['state']}, age {duration(disk['age_seconds'])}{more}"
+    yield f"  blocks     {_counts(disk['blocks'])}"
+    yield "  counters   stored: from host to disk; loaded: from disk to host"
+    yield from _counter_lines(disk["counters"])
+    for slab in disk["slabs"]:
+        yield from _slab_lines(slab)
+    for text in disk["damage"]:
+        yield f"damage       {text}"
+
+
+def _slab_lines(slab: Row) -> Iterator[str]:
+    """One slab, with what is to be known of its headers."""
+    mark = "" if slab.get("belongs") is not False else ", of other content"
+    yield f"slab         {slab['path']}: {size(slab['bytes'])}, rank {slab['rank']}{mark}"
+    yield f"  headers    {_counts(slab['headers'])} of {slab['slots']}"
+    yield f"  blocks     {size(slab['bytes_per_block'])} each" + (
+        f", {slab['without_parent']} without their parent" if slab["without_parent"] else ""
+    )
+    if slab["fingerprint"] is not None:
+        yield f"  made for   {slab['fingerprint']}, key epoch {slab['key_epoch']}"
+
+
 def detail_lines(row: Row) -> Iterator[str]:
     """The screen of `block`."""
-    yield f"block        {row['block']}, {row['state']}, generation {row['generation']}"
+    where = " (disk tier)" if row["tier"] == "disk" else ""
+    yield f"block        {row['block']}, {row['state']}, generation {row['generation']}{where}"
     yield f"digest       {row['digest']}"
     yield f"sequence     {row['sequence_hash']}"
     yield f"place        position {row['position']} of group {row['group']}"
@@ -240,7 +291,7 @@ def change_lines(row: Row, limit: int) -> Iterator[str]:
         for block in row[f"{word}_blocks"][:limit]:
             yield (
                 f"  {sign} {block['digest'][:16]}  position {block['position']}, "
-                f"slot {placement(block, 'host')}"
+                f"slot {placement(block, *block['placements'])}"
             )
         more = row[word] - min(limit, len(row[f"{word}_blocks"]))
         if more > 0:

@@ -50,7 +50,7 @@ def _loop(window: Any, instance: str, period: float, seconds: float | None) -> N
     try:
         while end is None or time.monotonic() < end:
             began = time.monotonic()
-            picture = frame(*follower.look(instance))
+            picture = frame(*follower.look_with_disk(instance))
             if not paused:
                 shown = _draw(window, screen(picture), shown)
             window.timeout(max(0, int(1000 * (period - (time.monotonic() - began)))))

@@ -46,6 +46,9 @@ def _fill(frame: Row) -> Iterator[str]:
         used, total = pool["used"], pool["total"]
         yield f"{name:<8} {bar(used / total, 40)} {used:>9}/{total:<9} {percent(used / total):>7}"
     yield "states   " + "  ".join(f"{name} {count}" for name, count in frame["blocks"].items())
+    if frame["disk"] is not None:
+        states = frame["disk"]["blocks"].items()
+        yield "on disk  " + "  ".join(f"{name} {count}" for name, count in states)
 
 
 def _hits(windows: list[Row]) -> Iterator[str]:
@@ -64,9 +67,9 @@ def _hits(windows: list[Row]) -> Iterator[str]:
 
 
 def _transfers(frame: Row) -> Iterator[str]:
-    for text, name in (("stored", "bytes_stored"), ("loaded", "bytes_loaded")):
-        rates = [gigabytes(window["per_second"][name]) for window in frame["windows"]]
-        yield f"{text:<24}" + "".join(f"{rate:>12}" for rate in rates)
+    yield from _rates(frame["windows"], "stored", "loaded")
+    if frame["disk"] is not None:
+        yield from _rates(frame["disk"]["windows"], "written to disk", "read from disk")
     found = frame["operations"]
     yield f"operations in flight: {len(found)}"
     for one in found[:OPERATIONS_SHOWN]:
@@ -74,6 +77,13 @@ def _transfers(frame: Row) -> Iterator[str]:
             f"  {one['kind']:<6} {one['state']:<10} {one['blocks']:>4} blocks  "
             f"leader {one['leader']}  {duration(one['age_seconds'])}"
         )
+
+
+def _rates(windows: list[Row], stored: str, loaded: str) -> Iterator[str]:
+    """How fast bytes move into a tier, and out of it."""
+    for text, name in ((stored, "bytes_stored"), (loaded, "bytes_loaded")):
+        rates = [gigabytes(window["per_second"][name]) for window in windows]
+        yield f"{text:<24}" + "".join(f"{rate:>12}" for rate in rates)
 
 
 def _participants(rows: list[Row]) -> Iterator[str]:

@@ -78,7 +78,7 @@ def tree_of(segment: Segment, group: int | None = None) -> Tree:
     roots = _link(runs, parent, head)
     for root in roots:
         first = int(root.blocks[0])
-        root.orphan = bool(blocks.parent[first] >= 0)
+        root.orphan = bool(blocks.parent[first] >= 0 or blocks.position[first] > 0)
     seen = sum(root.total for root in roots)
     return Tree(sorted(roots, key=lambda run: -run.total), int(live.sum()) - seen)
 

@@ -19,7 +19,15 @@ from kvbm._fast import contract
 from kvbm.inspect.capture import capture
 from kvbm.inspect.decode import Mask, Segment
 from kvbm.inspect.records import part
+from kvbm.inspect.slab_segment import decoded
 from kvbm.inspect.verify_rest import REST_CHECKS, resting_problem
+from kvbm.inspect.verify_slabs import (
+    BESIDE_TABLE,
+    OF_SLABS,
+    check_beside_table,
+    check_slabs,
+    unread_slabs,
+)
 from kvbm.inspect.violations import Violation, listed
 
 READINGS = 3
@@ -52,15 +60,15 @@ def verify(source: str, slot_headers: bool = True) -> tuple[Segment, Verdict]:
     InspectError
         It cannot be read.
     """
-    segment = Segment(capture(source, slot_headers))
+    segment = decoded(capture(source, slot_headers))
     verdict = check(segment)
-    if segment.capture.kind != "live":
+    if segment.capture.kind not in ("live", "slab"):
         return segment, verdict
     for _ in range(READINGS - 1):
         if not verdict.violations:
             break
         time.sleep(PAUSE_SECS)
-        again = check(Segment(capture(source, slot_headers)))
+        again = check(decoded(capture(source, slot_headers)))
         keep = {violation.key for violation in again.violations}
         still = [violation for violation in verdict.violations if violation.key in keep]
         verdict = verdict._replace(violations=still)
@@ -68,7 +76,40 @@ def verify(source: str, slot_headers: bool = True) -> tuple[Segment, Verdict]:
 
 
 def check(segment: Segment) -> Verdict:
-    """Check one reading."""
+    """Check one reading: the tables of all tiers, and the slabs."""
+    if segment.capture.kind == "slab":
+        verdict = Verdict([*check_slabs(segment)], [], [OF_SLABS])
+        verdict.unchecked.append("the bytes of the blocks: their checksums, when they are loaded")
+        return verdict
+    verdict = _check_table(segment)
+    if segment.disk is not None:
+        more = _check_disk(segment.disk)
+        verdict.violations.extend(more.violations)
+        verdict.unchecked.extend(more.unchecked)
+        verdict.checked.extend(more.checked)
+    return verdict
+
+
+def _check_disk(disk: Segment) -> Verdict:
+    """Check the disk tier; its rules carry the tier's name."""
+    found = _check_table(disk)
+    problem = unread_slabs(disk)
+    found.checked.append(OF_SLABS)
+    found.violations.extend(check_slabs(disk))
+    if problem is None:
+        found.checked.append(BESIDE_TABLE)
+        found.violations.extend(check_beside_table(disk))
+    else:
+        found.unchecked.append(f"{BESIDE_TABLE}: {problem}")
+    return Verdict(
+        [Violation(f"disk {v.rule}", v.text, f"disk {v.key}") for v in found.violations],
+        [f"disk {text}" for text in found.unchecked],
+        [f"disk {rule}" for rule in found.checked],
+    )
+
+
+def _check_table(segment: Segment) -> Verdict:
+    """Check one table."""
     verdict = Verdict([], [], [])
     if segment.shape is None:
         verdict.violations.append(Violation("layout", "the segment cannot be decoded", "layout"))
@@ -80,7 +121,7 @@ def check(segment: Segment) -> Verdict:
     if any(len(segment.slot_headers(rank)) for rank in segment.arenas):
         verdict.checked.append("I6 (arenas)")
         verdict.violations.extend(check_slot_headers(segment))
-    else:
+    elif not segment.is_of_disk:
         verdict.unchecked.append("I6 (arenas): no headers of slots are in this capture")
     problem = resting_problem(segment)
     if problem is not None:
@@ -153,7 +194,7 @@ def check_slots(segment: Segment) -> Iterator[Violation]:
         live[: len(free)] & free[: len(live)],
         lambda b: f"record {b} is free and its block is not reset",
     )
-    for tier, name in contract.TIERS.items():
+    for tier, name in segment.checked_tiers.items():
         yield from _slots_of_tier(segment, tier, name)
 
 
@@ -249,8 +290,8 @@ def check_words(segment: Segment) -> Iterator[Violation]:
 
 def check_pools(segment: Segment) -> Iterator[Violation]:
     """No record or slot beyond a pool's end is free."""
-    for pool in contract.POOLS.values():
-        words = segment.array(f"pool.{pool}")
+    for pool, section in segment.checked_pools.items():
+        words = segment.array(f"pool.{section}")
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")
         if bits[segment.capacity(pool) :].any():
             text = f"{pool} beyond the end of the pool are free"
@@ -284,6 +325,21 @@ def check_operations(segment: Segment) -> Iterator[Violation]:
         "operations",
         in_use & outside.any(axis=1),
         lambda n: f"{_place(n)}: a row names a block that does not exist",
+    )
+    yield from _disk_slots_of_rows(segment, row & in_use[:, None])
+
+
+def _disk_slots_of_rows(segment: Segment, rows: Mask) -> Iterator[Violation]:
+    """Rows of a spill and of a fetch name disk slots."""
+    records = segment.operations
+    names = {name: number for number, name in contract.OPERATION_KINDS.items()}
+    moves = (records["kind"] == names["spill"]) | (records["kind"] == names["fetch"])
+    slots = segment.shape.disk_slots if segment.shape else 0
+    outside: Mask = rows & (records["rows"]["device_block"] >= slots)
+    yield from listed(
+        "operations",
+        moves & outside.any(axis=1),
+        lambda n: f"{_place(n)}: a row names a disk slot that does not exist",
     )
 
 

@@ -56,6 +56,8 @@ def check_between(segment: Segment) -> Iterator[Violation]:
         dead & ~blocks.of_state("evicting"),
         lambda b: f"block {b} is held by {_leaders(int(blocks.holders[b]) & ~living)}, not alive",
     )
+    if segment.is_of_disk:  # the operations that fill it are in the host tier's segment
+        return
     operated = _blocks_of_operations(segment)
     yield from listed(
         "half done",
@@ -85,7 +87,7 @@ def check_lost(segment: Segment) -> Iterator[Violation]:
     blocks = segment.blocks
     live = ~blocks.of_state("reset")
     taken = {"blocks": live}
-    for tier, name in contract.TIERS.items():
+    for tier, name in segment.checked_tiers.items():
         slot = blocks.slot[:, tier][live & (blocks.placement_state[:, tier] != 0)]
         named = np.zeros(segment.capacity(name), np.bool_)
         named[slot[slot < len(named)]] = True
@@ -101,8 +103,9 @@ def _lost_of_pool(
     count = min(len(free), len(in_use))
     lost = ~free[:count] & ~in_use[:count]
     yield from listed("lost", lost, lambda n: f"{pool} {n} is neither free nor in use")
-    words = segment.array(f"pool.{pool}")
-    summary = np.unpackbits(segment.array(f"summary.{pool}").view(np.uint8), bitorder="little")
+    section = segment.checked_pools[pool]
+    words = segment.array(f"pool.{section}")
+    summary = np.unpackbits(segment.array(f"summary.{section}").view(np.uint8), bitorder="little")
     hidden = (words != 0)[: len(summary)] & (summary[: len(words)] == 0)
     yield from listed("lost", hidden, lambda n: f"free {pool} from {64 * n} on cannot be found")
 

@@ -69,7 +69,7 @@ class InstanceCollector(Collector):
         }
         lines = Lines()
         names = list(self._instances())
-        self._follower.keep([*names, *map(disk_instance, names)])
+        self._follower.keep(names)
         for name in names:
             live = self._follower.find(name)
             gauges["kvbm_up"].add_metric([name], float(live is not None))

@@ -58,16 +58,19 @@ class Instance:
         "all".
     exact
         Whether counts and pools must be exact, i.e. nobody died.
+    description
+        What the fingerprint says that it was made of.
     """
 
     shape: Shape
     name: str = field(default_factory=unique_name)
     check: str = "all"
     exact: bool = True
+    description: bytes = DESCRIPTION
     attached: list[Segment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.creator = Segment.create(self.name, self.shape, FINGERPRINT, DESCRIPTION)
+        self.creator = Segment.create(self.name, self.shape, FINGERPRINT, self.description)
         self.attached.append(self.creator)
         for rank in range(self.shape.ranks):
             self.creator.set_ready_slots(rank, self.shape.host_slots)

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from kvbm.inspect.cli import main
 from tests.fast.instances import instance
+from tests.inspect.disk_samples import DiskSample, disk_sample, slab_bytes
 from tests.inspect.samples import Sample, fill, frozen_snapshot
 
 Inspect = Callable[..., Result]
@@ -35,6 +36,30 @@ def frozen_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return frozen_snapshot(fill(one), tmp_path_factory.mktemp("inspect"))
     finally:
         one.remove()
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DiskSample]:
+    """The live sample with a disk tier, whose slabs are in the folder that is configured."""
+    monkeypatch.setenv("DYN_KVBM_DISK_CACHE_DIR", str(tmp_path))
+    with disk_sample(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def disk_file(disk: DiskSample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A frozen snapshot of it, which is always the same, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(frozen_snapshot(disk.host, tmp_path).name)
+
+
+@pytest.fixture
+def slab_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A slab alone, as after a reboot, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "kvbm-sample.disk.1"
+    path.write_bytes(slab_bytes(1))
+    return Path(path.name)
 
 
 @pytest.fixture

@@ -59,7 +59,29 @@ def fill(instance: Instance) -> Sample:
 
 def frozen(taken: Capture) -> Capture:
     """The capture with all that differs between two runs replaced by constants."""
-    data = bytearray(taken.data)
+    data = frozen_segment(taken.data)
+    disk = taken.disk
+    if disk is not None:
+        slabs = {
+            rank: replace(slab, path=f"kvbm-sample.disk.{rank}", in_use=True)
+            for rank, slab in disk.slabs.items()
+        }
+        disk = replace(frozen(disk), source="sample.disk", slabs=slabs)
+    return replace(
+        taken,
+        source="sample",
+        data=data,
+        realtime_ns=NOW_NS,
+        monotonic_ns=NOW_NS,
+        objects={"/kvbm-sample": len(data)},
+        owner="somebody",
+        disk=disk,
+    )
+
+
+def frozen_segment(found: bytes) -> bytes:
+    """The bytes of a segment with nonce, process ids and times replaced."""
+    data = bytearray(found)
 
     def field(section_at: int, record: str, count: int, name: str) -> np.ndarray:
         return np.frombuffer(data, record_dtype(record), count, section_at)[name]
@@ -67,7 +89,7 @@ def frozen(taken: Capture) -> Capture:
     from kvbm._fast.contract import LINES, sections
     from kvbm.inspect.records import shape_of
 
-    shape = shape_of(taken.data)
+    shape = shape_of(found)
     assert shape is not None
     at = {name: section.offset for name, section in sections(shape).items()}
     header = np.frombuffer(data, record_dtype("kv_header"), 1)
@@ -83,19 +105,11 @@ def frozen(taken: Capture) -> Capture:
     submitted[submitted != 0] = NOW_NS - 25 * 10**7
     store = field(at["counters"], "kv_counters", LINES, "value")
     assert not store[:, 16:18].any()  # no times that differ
-    return replace(
-        taken,
-        source="sample",
-        data=bytes(data),
-        realtime_ns=NOW_NS,
-        monotonic_ns=NOW_NS,
-        objects={"/kvbm-sample": len(data)},
-        owner="somebody",
-    )
+    return bytes(data)
 
 
 def frozen_snapshot(sample: Sample, folder: Path) -> Path:
     """Write a frozen capture of the sample into a folder."""
     path = folder / FILE
-    write_snapshot(frozen(capture(sample.name)), path)
+    write_snapshot(frozen(capture(sample.name, slabs=True)), path)
     return path

@@ -10,6 +10,7 @@ from kvbm._fast.segment import shape_for
 from kvbm.errors import InspectError
 from kvbm.inspect.follow import Follower
 from tests.fast.instances import Instance, cache, digests, instance
+from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
 
 
@@ -48,4 +49,16 @@ def test_what_is_gone_is_an_error_or_none(sample: Sample) -> None:
     assert follower.find("gone") is None
     assert follower.find(sample.name) is not None
     follower.keep(["another"])
+    assert follower._open == {}
+
+
+def test_a_disk_tier_is_followed_with_its_instance_and_let_go_with_it(disk: DiskSample) -> None:
+    follower = Follower()
+    live, _, tier = follower.look_with_disk(disk.name)
+    assert tier is not None
+    assert tier[0].instance == f"{disk.name}.disk"
+    follower.keep([disk.name])
+    assert len(follower._open) == 2
+    assert follower.look_with_disk(disk.name)[0] is live
+    follower.keep([])
     assert follower._open == {}

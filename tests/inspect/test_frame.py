@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 
 from kvbm._fast.segment import COUNTER_NAMES
+from kvbm.inspect.follow import Follower
 from kvbm.inspect.frame import frame
 from kvbm.inspect.live import LiveSegment, Rates
+from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
 
 
@@ -55,3 +57,22 @@ def test_rates_are_those_of_the_windows(sample: Sample) -> None:
     assert [window["seconds"] for window in windows] == [1, 10, 60]
     assert [window["hit_rate"] for window in windows] == [0.75] * 3
     assert windows[1]["per_second"]["matched_blocks"] == 3.0
+
+
+def test_the_disk_tier_is_in_the_picture(disk: DiskSample) -> None:
+    follower = Follower()
+    found = json.loads(json.dumps(frame(*follower.look_with_disk(disk.name))))
+    follower.close()
+    assert found["pools"]["host"] == {"used": 23, "total": 64}
+    assert found["pools"]["disk"] == {"used": 18, "total": 32}
+    assert found["disk"]["blocks"]["registered"] == 16
+    assert found["disk"]["blocks"]["partial"] == 2
+    assert [window["seconds"] for window in found["disk"]["windows"]] == [1, 10, 60]
+
+
+def test_without_a_disk_tier_the_picture_has_none(sample: Sample) -> None:
+    follower = Follower()
+    found = frame(*follower.look_with_disk(sample.name))
+    follower.close()
+    assert found["disk"] is None
+    assert "disk" not in found["pools"]

@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 
 from kvbm._fast.keys import Keys
+from kvbm._fast.segment import COUNTER_NAMES
 from kvbm.inspect.frame import frame
 from kvbm.inspect.live import LiveSegment, Rates
 from kvbm.inspect.top_view import gigabytes, screen
 from tests.fast.instances import cache, digests
+from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
 
 LINES = """\
@@ -73,3 +75,17 @@ def test_the_rates_are_those_of_the_counters(sample: Sample) -> None:
 def test_rates_of_bytes_have_a_unit_that_fits() -> None:
     assert gigabytes(2.5e9) == "2.50 GB/s"
     assert gigabytes(1.5e6) == "1.50 MB/s"
+
+
+def test_the_disk_tier_has_lines_of_its_own(disk: DiskSample) -> None:
+    rates = Rates(every=0)
+    zero = dict.fromkeys(COUNTER_NAMES, 0)
+    rates.add(100.0, zero)
+    rates.add(110.0, zero | {"bytes_stored": 50_000_000_000, "bytes_loaded": 20_000_000})
+    with LiveSegment(disk.name) as live, LiveSegment(f"{disk.name}.disk") as tier:
+        tier.sweep_all()
+        text = "\n".join(screen(frame(live, Rates(), (tier, rates))))
+    assert re.search(r"disk .* 18/32 +56.2 %", text)
+    assert "on disk  reset 14  partial 2  registered 16" in text
+    assert re.search(r"written to disk +5.00 GB/s +5.00 GB/s", text)
+    assert re.search(r"read from disk +2.00 MB/s", text)
