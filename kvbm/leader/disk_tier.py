@@ -29,6 +29,7 @@ from kvbm._fast.disk_table import DiskTable, FrequencyFilter, raise_epoch
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm.leader.disk_transfers import Candidate, DiskFlow, Promotion, Transfer
+from kvbm.leader.liveness import Recoverer
 from kvbm.leader.load_failures import LoadFailures
 from kvbm.leader.rates import DiskHealth, PrefillRate, ReadRate, WriteBudget
 from kvbm.leader.sequences import TrackedSequence
@@ -117,6 +118,7 @@ class DiskTier:
         self._damaged: deque[tuple[Keys, int]] = deque(maxlen=DAMAGED_MAX)
         self._quarantined: list[int] = []
         self._progress_at = clock()
+        self._recoverer: Recoverer | None = None
         self.raise_slabs: Callable[[int], None] = _no_slabs
 
     # ---- uses ------------------------------------------------------------------------------------
@@ -298,8 +300,9 @@ class DiskTier:
     # ---- ends ------------------------------------------------------------------------------------
     def step(self) -> None:
         """End of a scheduling step."""
-        if self.disk is None:
+        if self.disk is None or self._recoverer is None:
             return
+        self._recoverer.look()
         self.collect()
         now = self._clock()
         if self._filter is not None and now >= self._decay_at:
@@ -425,6 +428,7 @@ class DiskTier:
 
     def open(self, disk: DiskTable) -> None:
         """All ranks can read and write: use the tier from now on."""
+        self._recoverer = Recoverer(disk.segment)
         self.disk = disk
         self._same_epoch()
 

@@ -5,8 +5,9 @@ import logging
 import time
 
 from kvbm._fast.operation_table import OperationTable
-from kvbm._fast.participants import participants, workers_attached
+from kvbm._fast.participants import Participant, participants, workers_attached
 from kvbm._fast.recovery import recover
+from kvbm._fast.segment import Segment
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +16,35 @@ LIVENESS_SECS = 1.0
 
 LIVENESS_MAX_SECS = 60.0
 """How often, at least, while a dead participant cannot be cleaned up yet."""
+
+
+class Recoverer:
+    """Looks for dead participants of a segment now and then, and returns what they held.
+
+    Parameters
+    ----------
+    segment : Segment
+        In which this process is a leader.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._look_at = time.monotonic() + LIVENESS_SECS
+        self._look_every = LIVENESS_SECS
+
+    def look(self) -> list[Participant] | None:
+        """Return who was there, alive or dead, before dead ones were cleared; None: not due yet."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return None
+        lines = participants(self._segment)
+        fine = all(line.alive for line in lines) and not self._segment.recovering
+        if fine or recover(self._segment):
+            self._look_every = LIVENESS_SECS
+        else:  # a dead engine whose workers live: nothing to do until they end
+            self._look_every = min(LIVENESS_MAX_SECS, 2 * self._look_every)
+        self._look_at = now + self._look_every
+        return lines
 
 
 class Liveness:
@@ -35,8 +65,7 @@ class Liveness:
         self.table = table
         self.workers_lost = False
         self._attached = False
-        self._look_at = time.monotonic() + LIVENESS_SECS
-        self._look_every = LIVENESS_SECS
+        self._recoverer = Recoverer(table.segment)
 
     def wait_for_workers(self, timeout_secs: float) -> bool:
         """Wait until all ranks can copy, for content that is there already; for the start alone."""
@@ -53,19 +82,12 @@ class Liveness:
 
     def look(self) -> None:
         """Look for dead participants, now and then, and return what they held."""
-        now = time.monotonic()
-        if now < self._look_at:
+        lines = self._recoverer.look()
+        if lines is None:
             return
-        lines = participants(self.table.segment)
         mine = self.table.segment.leader
         alive = {line.rank for line in lines if line.leader == mine and line.alive}
         lost = sorted(set(range(self.table.segment.shape.ranks)) - alive)
         if lost and self._attached and not self.workers_lost:
             self.workers_lost = True
             logger.error("worker ranks %s are gone; the cache is off for this engine", lost)
-        fine = all(line.alive for line in lines) and not self.table.segment.recovering
-        if fine or recover(self.table.segment):
-            self._look_every = LIVENESS_SECS
-        else:  # a dead engine whose workers live: nothing to do until they end
-            self._look_every = min(LIVENESS_MAX_SECS, 2 * self._look_every)
-        self._look_at = now + self._look_every

@@ -83,7 +83,7 @@ def test_the_death_of_a_worker_turns_the_cache_off(
 ) -> None:
     engine.store("first", [1, 2])
     monkeypatch.setattr(kvbm.leader.liveness, "LIVENESS_SECS", 0.0)
-    monkeypatch.setattr(engine.leader.liveness, "_look_at", 0.0)
+    monkeypatch.setattr(engine.leader.liveness._recoverer, "_look_at", 0.0)
     assert engine.leader.match(engine.track("second", 2), 0, 2) == 2
     engine.workers[0].close()
     assert wait_until(lambda: engine.leader.build_step() and engine.leader.liveness.workers_lost)

@@ -16,9 +16,9 @@ HEAD = """\
 # The model of the segment's protocol
 
 Made by `python -m tests.model`. Every interleaving of the actors is explored, with up to the given
-number of deaths, each before any step that may write. States count what all cells and all actors
-are; memories count the cells alone. All invariants of `tests/model/invariants.py` hold in all of
-them.
+number of deaths: of anybody, before any step that may write, while he waits, or after the last.
+States count what all cells and all actors are; memories count the cells alone. All invariants of
+`tests/model/invariants.py` hold in all of them.
 """
 
 MUTATED = """

@@ -28,19 +28,23 @@ from tests.model.blocks import (
 )
 from tests.model.cells import (
     COMPLETE,
+    FETCH,
     FIRST_ENGINE,
     LEADER,
     LOAD,
     NO_ROLE,
     PARTIAL,
     REGISTERED,
+    SPILL,
     STORE,
     TORN,
     WORKER,
+    Header,
     Operation,
     Parent,
     Row,
 )
+from tests.model.disk_rows import move_row
 from tests.model.explore import Actions, Step, cas, fail, load, store, wait
 from tests.model.operations import (
     MUST_PUBLISH,
@@ -102,8 +106,13 @@ def evictor(p: Process, victims: tuple[int, ...]) -> Actions:
 
 def copy_in(p: Process, slot: int, rank: int, digest: str) -> Actions:
     """Write the bytes of a block; they are worth nothing before the end."""
+    on_disk = bool(p.segment.header)
+    if on_disk:
+        yield store(p.segment.header[slot][rank], None, "[B0]")
     yield store(p.segment.bytes[slot][rank], TORN, "copy")
     yield store(p.segment.bytes[slot][rank], digest, "copy")
+    if on_disk:
+        yield store(p.segment.header[slot][rank], Header(digest, digest), "[B4]")
 
 
 def publish_or_abandon(p: Process, block: int, generation: int, digest: str) -> Answer:
@@ -270,8 +279,10 @@ def store_leader(
     yield from collect_store(p, 0, generation, rows)
 
 
-def collect_store(p: Process, index: int, generation: int, rows: tuple[Row, ...]) -> Actions:
-    """Wait for a store; publish what has arrived, give the rest back, recycle."""
+def collect_store(
+    p: Process, index: int, generation: int, rows: tuple[Row, ...]
+) -> Generator[Step, Any, str]:
+    """Wait for a store or a fetch; publish what has arrived, give the rest back, recycle."""
     state = yield from await_end(p, index, generation)
     yield from enter_later(p)
     for i in range(len(rows)):
@@ -287,6 +298,7 @@ def collect_store(p: Process, index: int, generation: int, rows: tuple[Row, ...]
                 yield from give_back(p, rows[i].block, slot)
     yield from structure_exit(p)
     yield from operation_recycle(p, p.leader, index)
+    return state
 
 
 def load_leader(p: Process, chain: Chain, skip: int = 0) -> Actions:
@@ -335,7 +347,7 @@ def await_and_recycle(p: Process, index: int) -> Actions:
 
 def rows_are_valid(p: Process, what: Operation) -> Answer:
     """Compare state and generation of each row's block with what the row says."""
-    wanted = PARTIAL if what.kind == STORE else REGISTERED
+    wanted = PARTIAL if what.kind in (STORE, FETCH) else REGISTERED
     rows = what.rows
     for i in range(len(rows)):
         word = yield load(p.segment.word[rows[i].block], "row")
@@ -353,6 +365,12 @@ def run_rows(p: Process, what: Operation) -> Answer:
             return False
     wrong = ""
     for i in range(len(rows)):
+        if what.kind in (SPILL, FETCH):
+            moved = yield from move_row(p, what.kind, rows[i])
+            if not moved:
+                yield store(p.segment.failed_row[p.leader][0], i + 1, "failed row")
+                return False
+            continue
         if what.kind == STORE:
             yield from copy_in(p, rows[i].slot, p.rank, rows[i].digest)
             continue

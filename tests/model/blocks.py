@@ -41,6 +41,8 @@ class Process:
         What its locks hold: the position of its actor + 1.
     line, leader, rank : int
         Participant line; the leader whose bit and operations it uses; its rank if it is a worker.
+    disk : Process or None
+        The same process in the disk tier's segment, where it has a line if it is a leader.
     """
 
     segment: Segment
@@ -49,6 +51,7 @@ class Process:
     line: int
     leader: int
     rank: int = 0
+    disk: Process | None = None
 
     @property
     def bit(self) -> int:

@@ -2,8 +2,8 @@
 """The segment as the model sees it: the words of kvbm/_fast/layout.h, one cell each.
 
 What is left out, because nothing depends on it: recency and cold records (they decide order and
-display only), the second of the two candidate buckets, the disk tier's placement (it moves under
-the same rules as the host tier's), and what lies between two accesses to private memory.
+display only), the second of the two candidate buckets, and what lies between two accesses to
+private memory. The disk tier is a second segment; its slots have the headers of a slab.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMPTY, FILLING, READY = "EMPTY", "FILLING", "READY"
 FREE, SUBMITTED, CANCELLED = "FREE", "SUBMITTED", "CANCELLED"
 FINISHING, COMPLETE, FAILED = "FINISHING", "COMPLETE", "FAILED"
 PENDING, RUNNING, DONE, RANK_FAILED = "pending", "running", "done", "failed"
-STORE, LOAD = "store", "load"
+STORE, LOAD, SPILL, FETCH = "store", "load", "spill", "fetch"
 NO_ROLE, LEADER, WORKER = "none", "leader", "worker"
 TORN = "torn"  # bytes of a slot while somebody writes them
 NO_DIGEST = "-"
@@ -73,7 +73,8 @@ class Row(NamedTuple):
     block: int
     generation: int
     slot: int
-    digest: str  # what the device block holds, or has to hold after a load
+    digest: str  # what the source holds, or has to hold after a load
+    disk_slot: int = 0  # of a spill or a fetch
 
 
 class Operation(NamedTuple):
@@ -81,6 +82,13 @@ class Operation(NamedTuple):
 
     kind: str
     rows: tuple[Row, ...]
+
+
+class Header(NamedTuple):
+    """The header of a disk slot: whose bytes it holds, and which they are by their checksum."""
+
+    digest: str
+    checksum: str
 
 
 class Sizes(NamedTuple):
@@ -95,6 +103,7 @@ class Sizes(NamedTuple):
     entries: int = 4
     summary: bool = False
     digest_words: int = 1  # 2: digest_lo and digest_hi apart
+    disk: bool = False  # the slots are those of a slab
 
 
 NO_PLACEMENT = Placement(EMPTY, 0, 0)
@@ -109,6 +118,7 @@ class Seed(NamedTuple):
     holders: int = 0
     state: str = REGISTERED
     filled: bool = False  # its bytes have arrived although it is not registered
+    damaged: bool = False  # the bytes in its disk slot are others by now
 
 
 @dataclass(eq=False)
@@ -124,6 +134,8 @@ class Segment:
         leaders, ranks = range(sizes.leaders), range(sizes.ranks)
         self.lines = range(sizes.leaders * (1 + sizes.ranks))
         self.crashed = self._cell("crashes", 0)
+        self.epoch = self._cell("key epoch", 0)
+        self.reset_done = self._cell("resets", 0)
         self.recovering = self._cell("recovering", 0)
         self.recovery_lock = self._cell("recovery lock", 0)
         self.inside = [self._cell(f"inside of line {line}", 0) for line in self.lines]
@@ -145,6 +157,10 @@ class Segment:
         self.free_slots = self._cell("pool of slots", (1 << sizes.slots) - 1)
         self.summary = self._cell("summary of the pool of slots", 1)
         self.bytes = [[self._cell(f"bytes of slot {s}", NO_DIGEST) for _ in ranks] for s in slots]
+        self.header = [
+            [self._cell(f"header of slot {s}", None) for _ in ranks]
+            for s in (slots if sizes.disk else ())
+        ]
         self.operation = [
             [
                 self._cell(
@@ -162,6 +178,9 @@ class Segment:
             ]
             for leader in leaders
         ]
+        self.failed_row = [
+            [self._cell("failed row", 0) for _ in range(sizes.operations)] for _ in leaders
+        ]
         self.head = [[self._cell("ring head", 0) for _ in ranks] for _ in leaders]
         self.tail = [[self._cell("ring tail", 0) for _ in ranks] for _ in leaders]
         self.ring = [
@@ -170,7 +189,7 @@ class Segment:
         ]
 
     def _cell(self, name: str, value: Hashable) -> int:
-        self.names.append(name)
+        self.names.append(f"disk {name}" if self.sizes.disk else name)
         self.initial.append(value)
         return len(self.names) - 1
 
@@ -194,6 +213,10 @@ class Segment:
             self.initial[self.entry[number]] = Entry(block.digest, number)
             for cell in self.bytes[number]:
                 self.initial[cell] = block.digest if registered or block.filled else NO_DIGEST
+                if block.damaged:
+                    self.initial[cell] = TORN
+            for cell in self.header[number] if self.header else ():
+                self.initial[cell] = Header(block.digest, block.digest) if registered else None
             taken |= 1 << number
         for cell in (self.free_blocks, self.free_slots):
             bits = self.initial[cell]

@@ -206,6 +206,42 @@ MUTATIONS = [
         "recovery by a guest",
         "a recovery is left under way",
     ),
+    Mutation(
+        "disk_recovered",
+        "nobody returns what a dead leader held in the disk tier's table",
+        "spill",
+        "of a dead process is left",
+    ),
+    Mutation(
+        "spill_published_last",
+        "a block is published in the disk table before its bytes are written",
+        "two spills",
+        "I6",
+    ),
+    Mutation(
+        "spill_compares",
+        "a spill does not look at the header of the host slot",
+        "restore",
+        "were read for A",
+    ),
+    Mutation(
+        "fetch_compares_digest",
+        "a fetch does not compare the digest in the slab's header",
+        "fetch",
+        "I6: block 0 (A) is registered, slot 0 holds ['X']",
+    ),
+    Mutation(
+        "fetch_compares_checksum",
+        "a fetch does not compare the checksum of what has arrived",
+        "damaged block",
+        "I6: block 0 (A) is registered, slot 0 holds ['torn']",
+    ),
+    Mutation(
+        "epoch_moves",
+        "a reset evicts what nobody holds, under the old key epoch",
+        "reset beside a spill",
+        "is found",
+    ),
 ]
 
 # A pin that requires the generation under which the look-up has verified the digest needs no

@@ -15,12 +15,13 @@ from tests.model.cells import (
     COMPLETE,
     DONE,
     FAILED,
+    FETCH,
     FINISHING,
     FREE,
-    LOAD,
     PENDING,
     RANK_FAILED,
     RUNNING,
+    STORE,
     SUBMITTED,
     Operation,
     OperationWord,
@@ -110,7 +111,7 @@ def operation_end(
     """running -> done or failed; if it is the last rank, the same step decides about the whole."""
     cell = p.segment.operation[leader][index]
     word = yield load(cell, "end")
-    kind = LOAD
+    kind = ""
     if done:
         fields = yield load(p.segment.fields[leader][index], "fields")
         kind = fields.kind
@@ -123,11 +124,11 @@ def operation_end(
             result = ENDED
             if RANK_FAILED in after.ranks:
                 after = after._replace(state=FAILED)
-            elif kind == LOAD:
-                after = after._replace(state=COMPLETE)
-            else:
+            elif kind in (STORE, FETCH):
                 after = after._replace(state=FINISHING, finisher=rank)
                 result = MUST_PUBLISH
+            else:
+                after = after._replace(state=COMPLETE)
         swapped, seen = yield cas(cell, word, after, "end")
         if swapped:
             return result

@@ -281,6 +281,13 @@ def recover(p: Process, always: bool = False) -> Actions:
     yield store(segment.recovery_lock, 0, "drop recovery lock")
 
 
+def recover_all(p: Process) -> Actions:
+    """The segments of all tiers, one after the other."""
+    yield from recover(p)
+    if p.disk is not None and p.rules.disk_recovered:
+        yield from recover(p.disk)
+
+
 def more_than(value: int, handled: int) -> bool:
     """Whether something has happened since."""
     return value > handled
@@ -289,7 +296,7 @@ def more_than(value: int, handled: int) -> bool:
 def recover_after_crash(p: Process) -> Actions:
     """A process that recovers once it has noticed a death."""
     yield wait(p.segment.crashed, "a death", is_not_zero)
-    yield from recover(p)
+    yield from recover_all(p)
 
 
 def recover_after_each_crash(p: Process) -> Actions:
@@ -297,5 +304,5 @@ def recover_after_each_crash(p: Process) -> Actions:
     handled = 0
     while True:
         crashed = yield wait(p.segment.crashed, "a death", more_than, handled)
-        yield from recover(p)
+        yield from recover_all(p)
         handled = crashed

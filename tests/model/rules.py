@@ -75,6 +75,16 @@ class Rules:
         A leader cancels an operation that does not end.
     left_recovering_is_cleared : bool
         A recovery that finds nobody dead clears `recovering` if a dead recoverer left it set.
+    disk_recovered : bool
+        Who finds a dead leader recovers the disk tier's segment as well.
+    spill_published_last : bool
+        A spill's blocks are published in the disk table after their bytes have been written.
+    fetch_compares_digest, fetch_compares_checksum : bool
+        A fetch compares the slab's header with the row, and what has arrived with its checksum.
+    spill_compares : bool
+        A spill compares the host slot with the row, before it is written and afterwards.
+    epoch_moves : bool
+        A reset moves the key epoch of a table before it evicts.
     """
 
     digest_before_partial: bool = True
@@ -108,6 +118,12 @@ class Rules:
     lines_after_rebuild: bool = True
     waits_have_deadlines: bool = True
     left_recovering_is_cleared: bool = True
+    disk_recovered: bool = True
+    spill_published_last: bool = True
+    fetch_compares_digest: bool = True
+    fetch_compares_checksum: bool = True
+    spill_compares: bool = True
+    epoch_moves: bool = True
 
 
 PROTOCOL = Rules()

@@ -9,6 +9,7 @@ from functools import partial
 from tests.model import actors
 from tests.model.blocks import Reserved
 from tests.model.cells import FIRST_ENGINE, PARTIAL, SECOND_ENGINE, Seed, Sizes
+from tests.model.disk_scenarios import disk_scenarios
 from tests.model.recovery import recover
 from tests.model.setting import Part, Scenario, part, recoverer, survivor
 
@@ -425,4 +426,5 @@ def scenarios() -> list[Scenario]:
         *replacement_scenarios(),
         *late_scenarios(),
         *large_scenarios(),
+        *disk_scenarios(),
     ]

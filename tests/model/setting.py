@@ -20,7 +20,7 @@ from tests.model.recovery import recover_after_crash, recover_after_each_crash
 from tests.model.rules import Rules
 
 # The digests of all scenarios and what comes before each in its chain.
-CHAINS = {"A": None, "B": "A", "C": "B", "X": None, "Y": "X"}
+CHAINS = {"A": None, "B": "A", "C": "B", "X": None, "Y": "X", "A'": None, "B'": "A'"}
 Body = Callable[[Process], Actions]
 
 
@@ -46,7 +46,8 @@ class Scenario(NamedTuple):
     seeds: tuple[Seed, ...]
     parts: tuple[Part, ...]
     crashes: int = 1
-    end: bool = True  # check what must hold at the end
+    disk: Sizes | None = None  # of the disk tier's segment
+    on_disk: tuple[Seed, ...] = ()
 
 
 def build(scenario: Scenario, rules: Rules, strict: bool = True) -> Model:
@@ -56,31 +57,42 @@ def build(scenario: Scenario, rules: Rules, strict: bool = True) -> Model:
     """
     segment = Segment(scenario.sizes)
     segment.seed(*scenario.seeds)
+    disk = None
+    if scenario.disk is not None:
+        disk = Segment(scenario.disk, segment.names, segment.initial)
+        disk.crashed = segment.crashed
+        disk.seed(*scenario.on_disk)
+    segments = [one for one in (segment, disk) if one is not None]
     acting: list[Actor] = []
     for number, part in enumerate(scenario.parts, start=1):
         line = part.leader
         if part.rank is not None:
             line = segment.worker_line(part.leader, part.rank)
         p = Process(segment, rules, number, line, part.leader, part.rank or 0)
+        if disk is not None:
+            p.disk = Process(disk, rules, number, line, part.leader, part.rank or 0)
         if part.attached:
-            segment.initial[segment.lock[line]] = number
-            segment.initial[segment.role[line]] = LEADER if part.rank is None else WORKER
+            for one in segments if part.rank is None else [segment]:
+                segment.initial[one.lock[line]] = number
+                segment.initial[one.role[line]] = LEADER if part.rank is None else WORKER
         acting.append(Actor(part.name, _bind(part.body, p), part.crashes, part.last, part.idles))
 
     def always(memory: Sequence[Any]) -> Iterable[str]:
-        return check_always(segment, CHAINS, memory)
+        for one in segments:
+            yield from check_always(one, CHAINS, memory)
 
     def write(old: Any, new: Any) -> Iterable[str]:
         return check_step(old, new) if strict else ()
 
     def end(memory: Sequence[Any]) -> Iterable[str]:
-        return check_end(segment, CHAINS, memory) if scenario.end else ()
+        for one in segments:
+            yield from check_end(one, CHAINS, memory)
 
     return Model(
         segment.names,
         segment.initial,
         acting,
-        [*segment.lock, segment.recovery_lock],
+        [lock for one in segments for lock in (*one.lock, one.recovery_lock)],
         segment.crashed,
         always,
         write,
