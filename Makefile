@@ -28,8 +28,7 @@ demo: setup-vllm  ## vLLM with and without kvbm on a multi-turn workload, and a 
 	@$(RUN) -m bench.demo
 
 test: setup-vllm  ## everything that needs no GPU, with real vLLM
-	@$(RUN) scripts/vllm_versions.py --smoke
-	@$(PYTEST) -m "not gpu and not stress"
+	@$(RUN) scripts/run_tests.py $(PYTEST_ARGS)
 
 test-fast: setup  ## the unit tests, within two minutes
 	@$(PYTEST) -m "not gpu and not stress and not e2e and not slow"

@@ -4,7 +4,8 @@
 Builds all of ``kvbm/_fast`` with KVBM_SANITIZE into ``build/<kind>/lib`` (a function that one
 module takes from another runs from the other's library, so that all must be instrumented), puts
 that package before the checkout, loads the sanitizer's runtime into an ordinary CPython and runs
-pytest. Reports go to files, since pytest captures what a test prints; any report is a failure.
+pytest; with ``--build`` it builds and ends. Reports go to files, since pytest captures what a test
+prints; any report is a failure.
 
 ThreadSanitizer sees races between threads over one mapping. It cannot see other processes, nor two
 mappings of one segment: tests/stress/races.py is the program that gives it something to see.
@@ -21,7 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import setup_env
+
+ROOT = setup_env.ROOT
 RUNTIMES = {"thread": ("libtsan.so",), "address": ("libasan.so", "libubsan.so")}
 FLAGS = {"thread": "-fsanitize=thread -g", "address": "-fsanitize=address,undefined -g"}
 DEFAULT_TESTS = ["tests/fast", "-m", "not gpu and not e2e"]
@@ -86,12 +91,13 @@ def pytest_script() -> Path:
 
 def build(kind: str) -> Path:
     """Build the instrumented package, what has changed of it; return where it is."""
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build"],
-        cwd=ROOT,
-        env={**os.environ, "KVBM_SANITIZE": kind},
-        check=True,
-    )
+    with setup_env.locked(ROOT / "build" / kind):
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build"],
+            cwd=ROOT,
+            env={**os.environ, "KVBM_SANITIZE": kind},
+            check=True,
+        )
     return ROOT / "build" / kind / "lib"
 
 
@@ -116,13 +122,16 @@ def watch(
 def main(arguments: list[str]) -> int:
     """Build, run the tests, print the reports; return 1 if a test failed or a report exists."""
     if not arguments or arguments[0] not in RUNTIMES:
-        print(f"usage: sanitize.py {'|'.join(RUNTIMES)} [pytest arguments]", file=sys.stderr)
+        usage = f"usage: sanitize.py {'|'.join(RUNTIMES)} [--build | pytest arguments]"
+        print(usage, file=sys.stderr)
         return 2
     if sys.version_info < (3, 11):
         print("sanitize.py: needs Python 3.11 or newer (PYTHONSAFEPATH)", file=sys.stderr)
         return 2
     kind, tests = arguments[0], arguments[1:] or DEFAULT_TESTS
     library = build(kind)
+    if tests == ["--build"]:
+        return 0
     # The watchdogs' limits are for ordinary builds: instrumented ones are several times slower.
     options = ["-p", "no:cacheprovider", "-q", "-o", "timeout=600"]
     command = [sys.executable, str(pytest_script()), *options, *tests]

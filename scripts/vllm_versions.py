@@ -238,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--again", action="store_true", help="test what passed before, too")
     found.add_argument("--pytest", default="", help="more arguments for pytest, in one string")
     found.add_argument("--smoke", action="store_true", help="a few tests on the oldest version")
+    found.add_argument("--prepare", action="store_true", help="only make what --smoke needs")
     found.add_argument("--table", action="store_true", help="write bench/results/versions.md")
     return found
 
@@ -258,6 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with setup_env.locked(folder / "run"):
+            if options.smoke and options.prepare:
+                make_environment(folder, OLDEST)
+                return 0
             if options.smoke:
                 return 0 if smoke(folder, options.pytest.split()) else 1
             versions = options.versions or VERSIONS
