@@ -427,6 +427,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-table", action="store_true")
     parser.add_argument("--shapes", default="0,1,2,3,4,5,6", help="rows of SHAPES for the table")
+    parser.add_argument("--no-beside", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--staged-sweep", action="store_true")
     parser.add_argument("--beside-sweep", action="store_true", help="chunks, and nothing else")
@@ -457,7 +458,8 @@ def main() -> None:
     both_ways += [(SHAPES[0], METHODS["stores staged"])]
     # Slower stores disturb less: one chunk on its way instead of two.
     both_ways += [(SHAPES[0], METHODS["batch"]._replace(chunks_ahead=1, streams=1))]
-    extra |= beside(options.rounds, both_ways)
+    if not options.no_beside:
+        extra |= beside(options.rounds, both_ways)
     if options.sweep:
         sweep(options.rounds, (SHAPES[0], SHAPES[4]), SWEEP)
     if options.staged_sweep:

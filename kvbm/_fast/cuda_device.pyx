@@ -97,6 +97,14 @@ cdef class CudaDevice:
                           self.cuda.event_create(event, KV_CU_EVENT_DISABLE_TIMING))
 
     @property
+    def bus_id(self) -> str:
+        """Where the device is on the PCI bus, as "0000:3B:00.0"; empty if that is unknown."""
+        cdef char bus_id[64]
+        if self.cuda.device_bus_id(bus_id, sizeof(bus_id), self.device) != KV_CU_SUCCESS:
+            return ""
+        return bus_id.decode(errors="replace")
+
+    @property
     def driver_version(self) -> tuple[int, int]:
         """CUDA version of the driver, as (13, 0)."""
         return self.cuda.version // 1000, self.cuda.version % 1000 // 10

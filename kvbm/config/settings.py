@@ -81,10 +81,10 @@ class Settings(BaseModel):
     enable_numa: Text | None = _unneeded(
         "DYN_KVBM_ENABLE_NUMA", None, "Deprecated upstream, without effect there too."
     )
-    memory_disable_numa: Truthy = _unneeded(
+    memory_disable_numa: Truthy = _supported(
         "DYN_MEMORY_DISABLE_NUMA",
         False,
-        "Turn NUMA placement off; the system's own placement is used.",
+        "Touch the host tier's memory on any processor instead of those near the GPU.",
     )
 
     # Shared memory

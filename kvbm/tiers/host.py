@@ -113,6 +113,13 @@ def reserve_threads() -> int:
     return max(1, min(RESERVE_THREADS_MAX, len(os.sched_getaffinity(0)) // 2))
 
 
+def _move_thread(cpus: frozenset[int]) -> None:
+    """Keep the calling thread on these processors; anywhere if there are none, or none allowed."""
+    if cpus:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cpus)
+
+
 def _open_locked(name: str, group: int | None) -> int:
     """Open or make an arena object and take a user's lock on it.
 
@@ -232,11 +239,17 @@ class HostArena:
             self._map = mmap.mmap(unlocked, total_bytes)
         finally:
             os.close(unlocked)
-        with contextlib.suppress(OSError):  # a kernel without huge pages in shared memory
+        # Only where /dev/shm is mounted with huge=advise; with huge=always they come by themselves.
+        with contextlib.suppress(OSError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         return self._map
 
-    def reserve(self, reserved: Callable[[int], None], stopping: Callable[[], bool]) -> bool:
+    def reserve(
+        self,
+        reserved: Callable[[int], None],
+        stopping: Callable[[], bool],
+        cpus: frozenset[int] = frozenset(),
+    ) -> bool:
         """Reserve the arena's memory from the front, piece by piece.
 
         Parameters
@@ -245,6 +258,9 @@ class HostArena:
             Called with the number of bytes reserved so far.
         stopping : callable
             Asked between pieces; True ends it early.
+        cpus : frozenset of int
+            Processors on which threads touch the memory, and near which it comes to lie; any if
+            there are none.
 
         Returns
         -------
@@ -258,7 +274,7 @@ class HostArena:
             return True
         threads = reserve_threads()
         done = problem = 0
-        with ThreadPoolExecutor(threads, thread_name_prefix="kvbm-reserve") as pool:
+        with ThreadPoolExecutor(threads, "kvbm-reserve", _move_thread, (cpus,)) as pool:
             while done < total and not problem and not stopping():
                 starts = range(done, min(total, done + threads * RESERVE_BYTES), RESERVE_BYTES)
                 for problem in pool.map(lambda at: self._touch(at, total), starts):

@@ -20,6 +20,7 @@ from kvbm._fast.cuda_device import DRIVER_LIBRARY, CudaDevice, CudaFault
 from kvbm._fast.host_backend import HostBackend
 from kvbm.errors import ConfigError, TransferError
 from kvbm.transfer.method import copy_method
+from kvbm.transfer.numa import cpus_near
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -202,6 +203,11 @@ class RankCopies:
             backend.staging_bytes,
         )
         return backend
+
+    @property
+    def cpus_near(self) -> frozenset[int]:
+        """Processors near the device; none if it does not matter which."""
+        return cpus_near(self._cuda.bus_id) if self._cuda is not None else frozenset()
 
     def grow(self, reserved: int) -> int:
         """Make what is reserved of the arena usable; returns the number of usable slots.

@@ -237,9 +237,10 @@ class Worker:
             if usable >= segment.ready_slots(self.place.rank):
                 set_attached(segment)
 
+        near = frozenset() if self.settings.memory_disable_numa else copies.cpus_near
         self._reserving = threading.Thread(
             target=self.arena.reserve,
-            args=(reserved, self._closing.is_set),
+            args=(reserved, self._closing.is_set, near),
             name=f"kvbm-reserve-{self.place.rank}",
             daemon=True,
         )

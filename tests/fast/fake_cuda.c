@@ -145,6 +145,12 @@ static int device_name(char *name, int length, int device) {
     snprintf(name, (size_t)length, "simulated device");
     return OK;
 }
+static int device_bus_id(char *id, int length, int device) {
+    ENTER("cuDeviceGetPCIBusId");
+    (void)device;
+    snprintf(id, (size_t)length, "0000:3B:00.0");
+    LEAVE;
+}
 static int context_retain(void **context, int device) {
     ENTER("cuDevicePrimaryCtxRetain");
     (void)device;
@@ -342,6 +348,7 @@ int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64
     const struct { const char *symbol; void *function; } table[] = {
         {"cuInit", init}, {"cuDriverGetVersion", driver_version}, {"cuGetErrorName", error_name},
         {"cuDeviceGet", device_get}, {"cuDeviceGetName", device_name},
+        {"cuDeviceGetPCIBusId", device_bus_id},
         {"cuDevicePrimaryCtxRetain", context_retain},
         {"cuDevicePrimaryCtxRelease", context_release}, {"cuCtxSetCurrent", context_set},
         {"cuCtxGetStreamPriorityRange", priority_range},

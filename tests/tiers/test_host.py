@@ -230,6 +230,25 @@ def test_a_full_dev_shm_is_a_message_and_a_smaller_tier(
     assert "DYN_KVBM_CPU_CACHE_GB" in caplog.text
 
 
+def test_memory_is_touched_on_the_processors_that_are_asked_for(
+    arena: HostArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = frozenset({max(os.sched_getaffinity(0))})
+    seen: list[set[int]] = []
+    monkeypatch.setattr(
+        kvbm.tiers.host, "populate", lambda *_: seen.append(os.sched_getaffinity(0)) or 0
+    )
+    before = os.sched_getaffinity(0)
+    assert arena.reserve(lambda _: None, lambda: False, wanted)
+    assert seen
+    assert all(cpus == wanted for cpus in seen)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_processors_that_the_process_may_not_use_change_nothing(arena: HostArena) -> None:
+    assert arena.reserve(lambda _: None, lambda: False, frozenset({4095}))
+
+
 def test_an_old_kernel_reserves_by_another_call(
     arena: HostArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:

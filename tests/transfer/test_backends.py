@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm.errors import ConfigError, TransferError
+from kvbm.transfer import backends
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.backends import Device, RankCopies, register_pieces
 from kvbm.transfer.geometry import geometry_of
@@ -62,6 +63,21 @@ def test_without_a_driver_the_error_says_so(arena: mmap.mmap) -> None:
     device = Device("cuda", library="libkvbm-no-such-driver.so")
     with pytest.raises(TransferError, match=r"libkvbm-no-such-driver\.so cannot be opened"):
         RankCopies(device, [geometry], LAYOUT, arena, rank=0)
+
+
+def test_the_processors_near_the_device_are_those_of_its_place_on_the_bus(
+    arena: mmap.mmap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "cpus_near", lambda bus_id: frozenset({len(bus_id)}))
+    memory = FakeMemory()
+    geometry = geometry_of(memory.tensors, BLOCKS)
+    copies = RankCopies(memory.device, [geometry], LAYOUT, arena, rank=0)
+    assert copies.cpus_near == {len("0000:3B:00.0")}
+    copies.close()
+    assert copies.cpus_near == frozenset()
+    host = RankCopies(Device(), [geometry_of(HostMemory().tensors, BLOCKS)], LAYOUT, arena, rank=0)
+    assert host.cpus_near == frozenset()
+    host.close()
 
 
 def test_usable_slots_grow_with_what_is_registered(arena: mmap.mmap) -> None:
