@@ -104,7 +104,7 @@ class DiskTier:
         self.disk: DiskTable | None = None
         self.health = DiskHealth(clock)
         self.prefill = PrefillRate(clock)
-        self.reads = ReadRate()
+        self.reads = ReadRate(clock)
         self.failures = LoadFailures(clock)
         self._clock = clock
         self._budget = WriteBudget(flow.gb_per_day, clock)
@@ -208,7 +208,9 @@ class DiskTier:
                 fetch.disk_ref = self.disk.hold_again(ref)
             self.disk.unpin(ref)
         self._fetches += fetches
-        if not fetches and met:
+        if fetches:
+            self.reads.begin()
+        elif met:
             fetches = running
         return Promotion(fetches) if fetches else None
 
@@ -324,6 +326,7 @@ class DiskTier:
                 self._fetches.remove(fetch)
                 fetch.after = None
                 self._end_fetch(fetch)
+        self.reads.look(any(not fetch.late for fetch in self._fetches))
         if self._damaged:
             self._retire_damaged()
 
@@ -362,8 +365,7 @@ class DiskTier:
         arrived = fetch.failed_at is None
         self._count(fetch, arrived, "loads", "loaded", "load_ns")
         if arrived:
-            secs = self._clock() - fetch.began
-            self.reads.read(fetch.blocks * self.flow.block_bytes, secs)
+            self.reads.arrived(fetch.blocks * self.flow.block_bytes)
         elif fetch.keys is not None and fetch.failed_at is not None:
             self.failures.avoid(fetch.group, fetch.keys, fetch.failed_at)
             if not fetch.late:  # else it was not the block's fault

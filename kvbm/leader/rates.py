@@ -15,6 +15,13 @@ STEP_TOKENS_MIN = 256
 SMOOTHING = 0.2
 """Share of a new sample in a mean."""
 
+PERIOD_SECS = 1.0
+"""Reads that never pause are measured over as long as this."""
+
+SAMPLES_MIN = 3
+SAMPLED_BYTES_MIN = 256 << 20
+"""Samples, or bytes in them, without which a disk is not called slow."""
+
 BURST_SECS = 3600.0
 """A write budget can be spent in bursts of what accrues in this time."""
 
@@ -55,26 +62,59 @@ class PrefillRate:
 
 
 class ReadRate:
-    """Bytes a second that come from disk, and how long the first of them takes."""
+    """Bytes a second that come from disk while reads are under way.
 
-    def __init__(self) -> None:
+    Reads overlap, and their ends are seen when the engine looks, perhaps a long step later. So what
+    is measured is all bytes over the time from the first read's begin until none is under way, or
+    over `PERIOD_SECS` where that does not happen.
+
+    Parameters
+    ----------
+    clock : callable
+        Monotonic time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began: float | None = None
+        self._bytes = 0
+        self._samples = 0
+        self._sampled_bytes = 0
         self.bytes_per_sec = 0.0
 
-    def read(self, count: int, secs: float) -> None:
-        """So many bytes have arrived in this time."""
-        if count <= 0 or secs <= 0:
+    def begin(self) -> None:
+        """Reads have been submitted."""
+        if self._began is None:
+            self._began, self._bytes = self._clock(), 0
+
+    def arrived(self, count: int) -> None:
+        """So many bytes have arrived."""
+        self._bytes += count
+
+    def look(self, under_way: bool) -> None:
+        """Take a sample if it is time for one; whether reads are under way still."""
+        if self._began is None:
             return
-        sample = count / secs
-        if self.bytes_per_sec == 0:
-            self.bytes_per_sec = sample
-        self.bytes_per_sec += SMOOTHING * (sample - self.bytes_per_sec)
+        now = self._clock()
+        if under_way and now < self._began + PERIOD_SECS:
+            return
+        if self._bytes and now > self._began:
+            sample = self._bytes / (now - self._began)
+            kept = (1 - SMOOTHING) * self.bytes_per_sec + SMOOTHING * sample
+            # As with prefill: much makes a read look long, nothing makes it look short.
+            self.bytes_per_sec = max(sample, kept)
+            self._samples += 1
+            self._sampled_bytes += self._bytes
+        self._began, self._bytes = now if under_way else None, 0
 
     def is_worth(self, count: int, tokens: int, tokens_per_sec: float) -> bool:
         """Return whether reading `count` bytes is faster than computing `tokens`.
 
-        What has not been measured yet is tried.
+        What has not been measured yet is tried, and a few small reads are no measurement: they took
+        as long as the engine's steps beside them.
         """
-        if self.bytes_per_sec == 0 or tokens_per_sec == 0:
+        measured = self._samples >= SAMPLES_MIN or self._sampled_bytes >= SAMPLED_BYTES_MIN
+        if not measured or tokens_per_sec == 0:
             return True
         return count / self.bytes_per_sec <= tokens / tokens_per_sec
 

@@ -19,6 +19,7 @@ from kvbm._fast.segment import Segment
 from kvbm._fast.slab import SLAB_HEADER
 from kvbm.instance import remove
 from kvbm.leader.arrivals import TOKENS_MIN
+from kvbm.leader.rates import SAMPLES_MIN
 from kvbm.tiers.disk import PAGE_BYTES, read_slab, slab_path
 from tests.disk_engine import (
     BLOCKS,
@@ -226,13 +227,27 @@ def test_a_full_disk_tier_evicts(make_engine: Callable[..., SmallEngine]) -> Non
 def test_a_disk_that_is_slower_than_computing_is_not_read(engine: SmallEngine) -> None:
     spill(engine)
     own = tier(engine)
-    own.reads.bytes_per_sec = 1.0
+    own.reads.bytes_per_sec, own.reads._samples = 1.0, SAMPLES_MIN
     own.prefill.tokens_per_sec = 1e6
     assert ask(engine, "r", "a") == 0
     assert counters(engine)["loads"] == 0
     engine.leader.abandon("r")
     own.prefill.tokens_per_sec = 1e-6
     assert ask(engine, "s", "a") == len(BLOCKS)
+
+
+def test_all_reads_of_a_request_are_measured_together(
+    engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvbm.leader.disk_tier, "BATCH_BLOCKS", 2)
+    spill(engine)
+    assert ask(engine, "r", "a") == len(BLOCKS)
+    reads = tier(engine).reads
+    assert counters(engine)["loads"] == len(BLOCKS) // 2
+    assert (reads._samples, reads._sampled_bytes) == (
+        1,
+        len(BLOCKS) * tier(engine).flow.block_bytes,
+    )
 
 
 # ---- restart -------------------------------------------------------------------------------------
