@@ -7,9 +7,14 @@ indices. Where a block is several pieces in the host tier, or not aligned as the
 first pool is a buffer, so that there is still one descriptor a block.
 
 What NIXL cannot move is moved by plain reads and writes, which tell which block is bad. The agent
-is made anew then: NIXL raises once all of a failed operation has ended, but what the agent's
-queues hold afterwards is not specified. After `FAILURES_MAX` failures in a row a thread goes on
-without NIXL.
+is given back before that, and made anew: NIXL 1.5.1 raises once all that it has submitted has
+ended, older versions at the first error, and what the agent's queues hold afterwards is not
+specified. The end of an agent waits for libaio, POSIX's default; other backends move to and from a
+buffer of our own, so that what arrives too late reaches no host slot. After `FAILURES_MAX` failures
+in a row a thread goes on without NIXL.
+
+Nothing here relies on a transfer that is called done: a block's checksum is compared in the host
+slot after a fetch, whatever moved it (kvbm/_fast/disk_rows.pyx).
 """
 
 from __future__ import annotations
@@ -182,20 +187,29 @@ class NixlMover:
         failures = 0
         while (job := self._batches.take()) is not None:
             place, reading, host, disk = job
-            moved = False
-            try:
-                self._move(place, reading, host, disk)
-                moved, failures = True, 0
+            problem = self._problem_of_move(place, reading, host, disk)
+            if problem is None:
+                failures = 0
                 self.blocks += len(host)
-            except Exception as error:  # noqa: BLE001  NIXL raises its own, of no common class
+            else:
                 failures += 1
                 logger.warning(
-                    "NIXL %s could not move %d blocks: %s", self._kind, len(host), str(error)
+                    "NIXL %s could not move %d blocks: %s", self._kind, len(host), problem
                 )
                 self._pools = None  # before the rows are moved in another way
-            self._batches.give(place, moved)
+            self._batches.give(place, problem is None)
             if self._pools is None and not self._reopened(failures):
                 self._batches.serve()
+
+    def _problem_of_move(
+        self, place: int, reading: bool, host: NDArray[np.int32], disk: NDArray[np.int32]
+    ) -> str | None:
+        """Move an operation; what went wrong as text, since an error's frames keep the agent."""
+        try:
+            self._move(place, reading, host, disk)
+        except Exception as error:  # noqa: BLE001  NIXL raises its own, of no common class
+            return str(error)
+        return None
 
     def _reopened(self, failures: int) -> bool:
         try:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from kvbm._fast.copy import HostCopier
 from kvbm._fast.disk_backend import PROBLEMS
@@ -188,12 +189,27 @@ class WorkerDisk:
             library = nixl_library()
             kind = usable_backend(library, self._backends, slab)
             if kind is not None:
-                movers = [NixlMover(library, kind, batches, slab) for _ in range(NIXL_THREADS)]
+                self._movers = self._nixl_movers(library, kind, batches, slab)
+            if self._movers:
                 logger.info("rank %d: the disk tier uses NIXL %s", self._place.rank, kind)
-                self._movers = movers
-                return [mover.serve for mover in movers]
+                return [mover.serve for mover in self._movers]
             logger.error("rank %d: the disk tier goes on without NIXL", self._place.rank)
         return [batches.serve] * IO_THREADS
+
+    @staticmethod
+    def _nixl_movers(
+        library: ModuleType, kind: str, batches: DiskBatches, slab: Slab
+    ) -> list[NixlMover]:
+        """One mover a thread; none if NIXL refuses all of the pools, of which it took one page."""
+        movers: list[NixlMover] = []
+        try:
+            for _ in range(NIXL_THREADS):
+                movers.append(NixlMover(library, kind, batches, slab))
+        except Exception as error:  # noqa: BLE001  NIXL raises its own, of no common class
+            logger.warning("NIXL %s cannot be opened for %s: %s", kind, slab.where, str(error))
+            while movers:
+                movers.pop().close()
+        return movers
 
     def report(self) -> None:
         """Log what has failed since the last time; called now and then."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -181,6 +182,69 @@ def test_a_thread_on_which_nixl_keeps_failing_goes_on_without(
     keys = rig.stored("a", DEVICE)
     assert rig.spilled(keys, DISK) is True
     assert rigs.moved() == 0
+
+
+@pytest.mark.parametrize("one_piece", [True, False])
+@pytest.mark.parametrize("missing", [1, 6])
+def test_a_transfer_that_is_called_done_without_its_bytes_is_noticed(
+    library: ModuleType,
+    rigs: Rigs,
+    monkeypatch: pytest.MonkeyPatch,
+    one_piece: bool,
+    missing: int,
+) -> None:
+    move = kvbm.transfer.nixl._Pools.move
+
+    def lying(self: Any, reading: bool, host: Any, disk: Any) -> None:
+        arrive = len(disk) - missing if reading else len(disk)
+        if arrive:
+            move(self, reading, host[:arrive], disk[:arrive])
+
+    rig = rigs.make(library, one_piece=one_piece)
+    keys = spilled_and_forgotten(rig)
+    for mover in rigs.movers:
+        if mover._buffers is not None:
+            mover._buffers[:] = 0  # the blocks' bytes, on their way to disk
+    monkeypatch.setattr(kvbm.transfer.nixl._Pools, "move", lying)
+    assert rig.fetched(keys, DISK) is False
+    assert rig.disk.problems()[:2] == (1, DISK[len(DISK) - missing])
+    assert matched(rig.table, keys) == 0
+
+
+def test_an_agent_that_failed_is_gone_before_its_blocks_are_moved_in_another_way(
+    library: ModuleType, rigs: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = rigs.make(library, one_piece=True)
+    agents: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def failing(self: Any, *_: object) -> None:
+        agents.append(weakref.ref(self._agent))
+        raise RuntimeError("no more")
+
+    class Batches:
+        """Looks at the agent when an operation is given back."""
+
+        def __init__(self, batches: DiskBatches) -> None:
+            self._batches = batches
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._batches, name)
+
+        def give(self, place: int, moved: bool) -> None:
+            alive.extend([] if moved else [agents[-1]() is not None])
+            self._batches.give(place, moved)
+
+    for mover in rigs.movers:
+        mover._batches = Batches(rig.disk)  # type: ignore[assignment]
+    keys = rig.stored("a", DEVICE)
+    assert rig.spilled(keys, DISK) is True  # whoever waits for work has the right ones from now on
+    with monkeypatch.context() as patch:
+        patch.setattr(kvbm.transfer.nixl._Pools, "move", failing)
+        for number in range(4):
+            assert rig.spilled(rig.stored(number, DEVICE), DISK) is True
+    assert alive
+    assert not any(alive)
 
 
 # ---- what is there -------------------------------------------------------------------------------

@@ -146,6 +146,35 @@ def test_where_no_backend_works_the_tier_goes_on_without(
     assert "goes on without NIXL" in caplog.text
 
 
+def test_where_nixl_refuses_the_pools_the_tier_goes_on_without(
+    make_engine: Callable[..., SmallEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    closed = []
+
+    class Mover:
+        """The third one cannot be made."""
+
+        made = 0
+
+        def __init__(self, *_: object) -> None:
+            Mover.made += 1
+            if Mover.made == 3:
+                raise RuntimeError("no memory to register")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr(kvbm.worker.disk, "nixl_library", lambda: None)
+    monkeypatch.setattr(kvbm.worker.disk, "usable_backend", lambda *_: "POSIX")
+    monkeypatch.setattr(kvbm.worker.disk, "NixlMover", Mover)
+    assert round_trip(make_engine(**POSIX)) == [float(i) for i in range(len(BLOCKS))]
+    assert "cannot be opened for" in caplog.text
+    assert "no memory to register" in caplog.text
+    assert len(closed) == 2
+
+
 # ---- log and end ---------------------------------------------------------------------------------
 def test_failures_are_one_line_in_a_while(
     make_engine: Callable[..., SmallEngine],
