@@ -11,16 +11,14 @@ import pytest
 
 from bench.vllm_lab.results import RunResult
 from bench.vllm_lab.settings import EngineSettings
-from bench.vllm_lab.workload import Chat, Replay, Send
-from kvbm._fast.segment import Segment
+from bench.vllm_lab.workload import Call, Chat, Replay
 from kvbm.instance import remove
 from kvbm.tiers.disk import read_slab, slab_path
-from tests.e2e.lab import LAST_TURN, TRAFFIC, Lab, assert_same_outputs, cached_tokens
+from tests.e2e.disk import HOST_BLOCKS, damage, disk_counters, last_turn, pace, with_disk
+from tests.e2e.lab import TRAFFIC, Lab, assert_same_outputs, cached_tokens
 from tests.leaks import wait_until
 
 INSTANCE = f"e2e-disk-{os.getpid()}"
-HOST_BLOCKS = 40  # the device has 64, the traffic some hundreds
-DISK_BLOCKS = 600
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -35,37 +33,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def settings(lab: Lab, folder: Path) -> EngineSettings:
     """An engine of the instance that writes every block to disk."""
-    return lab.with_kvbm(
-        {
-            "DYN_KVBM_INSTANCE": INSTANCE,
-            "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": str(HOST_BLOCKS),
-            "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": str(DISK_BLOCKS),
-            "DYN_KVBM_DISK_CACHE_DIR": str(folder),
-            "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "1",
-        }
-    )
-
-
-def disk_counters() -> dict[str, int]:
-    """Counters of the instance's disk tier."""
-    segment = Segment.attach(f"/kvbm-{INSTANCE}.disk", writable=False)
-    try:
-        return segment.counters()
-    finally:
-        segment.close()
-
-
-def last_turn(lab: Lab) -> Send:
-    """The prompts of the last turn, one after the other."""
-    requests = lab.reference().of_turns(LAST_TURN).requests
-    return Send("last turn", lab.last_prompts(), len(requests[0].output), 1)
+    return with_disk(lab, folder, DYN_KVBM_INSTANCE=INSTANCE)
 
 
 @pytest.fixture(scope="module")
 def first_life(lab: Lab, settings: EngineSettings) -> tuple[RunResult, dict[str, int]]:
     """The traffic, and all of it again."""
-    run = lab.run(settings, Chat("chat", TRAFFIC), Replay("again", "chat", latest_first=True))
-    return run, disk_counters()
+    run = lab.run(
+        settings,
+        Call("pace", pace),
+        Chat("chat", TRAFFIC),
+        Replay("again", "chat", latest_first=True),
+    )
+    return run, disk_counters(INSTANCE)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +54,7 @@ def after_a_reboot(
 ) -> tuple[RunResult, dict[str, int]]:
     """The next engine, with nothing left in shared memory."""
     remove(INSTANCE)
-    return lab.run(settings, last_turn(lab)), disk_counters()
+    return lab.run(settings, last_turn(lab)), disk_counters(INSTANCE)
 
 
 def test_what_left_the_host_comes_back_from_disk_with_equal_outputs(
@@ -111,17 +91,10 @@ def test_damaged_slots_are_recomputed_with_equal_outputs(
     lab: Lab, settings: EngineSettings, folder: Path, after_a_reboot: object
 ) -> None:
     remove(INSTANCE)
-    path = slab_path(folder, INSTANCE, 0)
-    found = read_slab(path)
-    assert found is not None
-    layout = found[0].layout
-    with open(path, "r+b") as file:
-        for slot in found[1]["slot"][::3]:
-            file.seek(layout.data_offset + int(slot) * layout.stride + layout.payload_bytes // 2)
-            file.write(b"damaged")
+    damage(slab_path(folder, INSTANCE, 0), every=3)
     run = lab.run(settings, last_turn(lab))
     assert_same_outputs(lab.reference(), run["last turn"])
-    assert disk_counters()["loads_failed"] > 0
+    assert disk_counters(INSTANCE)["loads_failed"] > 0
 
 
 def test_a_kill_while_blocks_are_written_leaves_right_blocks_only(
@@ -143,4 +116,4 @@ def test_a_kill_while_blocks_are_written_leaves_right_blocks_only(
     assert blocks() > 0
     run = lab.run(settings, last_turn(lab))
     assert_same_outputs(lab.reference(), run["last turn"])
-    assert disk_counters()["loads_failed"] == 0
+    assert disk_counters(INSTANCE)["loads_failed"] == 0
