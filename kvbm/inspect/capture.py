@@ -32,8 +32,16 @@ from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm.errors import InspectError
 from kvbm.inspect.files import bytes_there, check_room, read_all, read_head
 from kvbm.inspect.records import shape_of
-from kvbm.inspect.slab import SlabFacts, SlabHead, find_slabs, looks_like_slab, read_slab_head
+from kvbm.inspect.slab import (
+    SlabFacts,
+    SlabHead,
+    find_slabs,
+    looks_like_slab,
+    read_slab_head,
+    slab_folder,
+)
 from kvbm.instance import disk_instance, instances, segment_name
+from kvbm.tiers.disk_device import device_of
 
 SNAPSHOT_FORMAT = 1
 SLOT_HEADER_BYTES = 64
@@ -69,6 +77,8 @@ class Capture:
         The segment of the instance's disk tier.
     slabs : mapping of int to SlabHead
         Heads of the disk tier's files, by rank.
+    device : mapping of str, or None
+        The device that they are on (`kvbm.tiers.disk_device.DiskDevice`).
     """
 
     source: str
@@ -85,6 +95,7 @@ class Capture:
     tier: str = "host"
     disk: Capture | None = None
     slabs: Mapping[int, SlabHead] = field(default_factory=dict)
+    device: Mapping[str, Any] | None = None
 
 
 def resolve(source: str | None) -> str:
@@ -237,8 +248,11 @@ def _disk_segment(instance: str, objects: Mapping[str, int], slabs: bool) -> Cap
         taken = _segment(disk_instance(instance), objects)
     except FileNotFoundError:
         return None
-    heads = _slab_heads(find_slabs().get(instance, {})) if slabs else {}
-    return replace(taken, tier="disk", slabs=heads)
+    if not slabs:
+        return replace(taken, tier="disk")
+    heads = _slab_heads(find_slabs().get(instance, {}))
+    device = device_of(slab_folder()).row()
+    return replace(taken, tier="disk", slabs=heads, device=device)
 
 
 def _slab_heads(paths: Mapping[int, Path]) -> dict[int, SlabHead]:
@@ -253,9 +267,19 @@ def _slab_heads(paths: Mapping[int, Path]) -> dict[int, SlabHead]:
 def _of_slabs(source: str, paths: Mapping[int, Path]) -> Capture:
     """Slabs without shared memory; all their times are those of the wall clock."""
     heads = {rank: read_slab_head(path) for rank, path in paths.items()}
-    owner = owner_name(next(iter(paths.values())).stat().st_uid)
+    first = next(iter(paths.values()))
     now = time.time_ns()
-    return Capture(source, "slab", b"", now, now, owner=owner, tier="disk", slabs=heads)
+    return Capture(
+        source,
+        "slab",
+        b"",
+        now,
+        now,
+        owner=owner_name(first.stat().st_uid),
+        tier="disk",
+        slabs=heads,
+        device=device_of(first).row(),
+    )
 
 
 def owner_name(uid: int) -> str:
@@ -331,6 +355,7 @@ def _facts(taken: Capture) -> dict[str, Any]:
         "recovery_locked": taken.recovery_locked,
         "objects": dict(taken.objects),
         "owner": taken.owner,
+        "device": None if taken.device is None else dict(taken.device),
         "disk": None if taken.disk is None else _facts(taken.disk),
         "slabs": {
             rank: {"path": slab.path, "size": slab.size, "in_use": slab.in_use}
@@ -392,6 +417,7 @@ def _from_facts(
             )
             for rank, slab in about.get("slabs", {}).items()
         },
+        device=about.get("device"),
     )
 
 

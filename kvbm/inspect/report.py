@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kvbm._fast import contract
 from kvbm.inspect.decode import Mask, Segment, name_of
 from kvbm.inspect.records import part
+from kvbm.tiers.disk_device import DiskDevice
 
 SCHEMA = 1
 """Moves when a field of `--json` changes its meaning or goes; new fields may come without."""
@@ -126,6 +127,7 @@ def summary(segment: Segment) -> Row:
     found["hit_rate"] = _ratio(found["counters"], "matched_blocks", "lookup_blocks")
     found["disk"] = None if segment.disk is None else disk_summary(segment.disk)
     found["slabs"] = [facts.row() for facts in segment.slabs.values()]
+    found["device"] = device_row(segment)
     found["damage"] = list(segment.damage)
     return found
 
@@ -146,7 +148,22 @@ def disk_summary(disk: Segment) -> Row:
             {**facts.row(), "belongs": _belongs(facts.row(), rank, nonces)}
             for rank, facts in disk.slabs.items()
         ],
+        "device": device_row(disk),
         "damage": list(disk.damage),
+    }
+
+
+def device_row(segment: Segment) -> Row | None:
+    """The device of the slabs, as far as it is known; a snapshot may say anything."""
+    device = segment.capture.device
+    if not isinstance(device, Mapping):
+        return None
+    texts = ("name", "model", "problem")
+    return {
+        name: device[name]
+        if isinstance(device.get(name), str if name in texts else (int, float))
+        else None
+        for name in DiskDevice().row()
     }
 
 

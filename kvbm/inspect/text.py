@@ -183,6 +183,7 @@ def summary_lines(row: Row) -> Iterator[str]:
         yield from _disk_lines(row["disk"])
     for slab in row["slabs"]:
         yield from _slab_lines(slab)
+    yield from _device_lines(row["device"])
     for text in row["damage"]:
         yield f"damage       {text}"
 
@@ -227,8 +228,28 @@ def _disk_lines(disk: Row) -> Iterator[str]:
     yield from _counter_lines(disk["counters"])
     for slab in disk["slabs"]:
         yield from _slab_lines(slab)
+    yield from _device_lines(disk["device"])
     for text in disk["damage"]:
         yield f"damage       {text}"
+
+
+def _device_lines(device: Row | None) -> Iterator[str]:
+    """The device of the slabs, its wear, and why that is not known."""
+    if device is None:
+        return
+    if device["name"] is not None:
+        written = device["written_bytes"]
+        model = f" ({device['model']})" if device["model"] else ""
+        since = "" if written is None else f", {size(written)} written since the machine started"
+        yield f"device       {device['name']}{model}{since}"
+    if device["wear"] is not None:
+        yield (
+            f"  wear       {percent(device['wear'])} of its life used, {percent(device['spare'])} "
+            f"spare left, {size(device['lifetime_written_bytes'] or 0)} written in its life, "
+            f"{device['media_errors']} media errors"
+        )
+    if device["problem"] is not None:
+        yield f"  wear       not known: {device['problem']}"
 
 
 def _slab_lines(slab: Row) -> Iterator[str]:

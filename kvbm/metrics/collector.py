@@ -23,6 +23,7 @@ from kvbm.errors import InspectError
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.live import LiveSegment
 from kvbm.instance import disk_instance
+from kvbm.metrics.device import DeviceReader
 from kvbm.metrics.names import DISK, GAUGES, HIT_RATES, HOST, UPSTREAM, label_names, shown
 
 HitRates = Callable[[], tuple[float, float]]
@@ -38,13 +39,19 @@ class InstanceCollector(Collector):
         Names of the instances to show.
     hit_rates : callable, optional
         Hit rates of host and disk over the last requests, 0 to 1; only the engine knows them.
+    device : DeviceReader, optional
+        Reads the device under the disk tiers.
     """
 
     def __init__(
-        self, instances: Callable[[], Iterable[str]], hit_rates: HitRates | None = None
+        self,
+        instances: Callable[[], Iterable[str]],
+        hit_rates: HitRates | None = None,
+        device: DeviceReader | None = None,
     ) -> None:
         self._instances = instances
         self._hit_rates = hit_rates
+        self._device = device or DeviceReader()
         self._lock = threading.Lock()
         self._follower = Follower()
 
@@ -82,6 +89,7 @@ class InstanceCollector(Collector):
                 if disk is not None:
                     lines.add(disk, name, DISK)
                     fill_slots(disk, gauges, name, DISK)
+                    self._device.fill(gauges, name)
         yield from lines.upstream()
         yield from lines.families()
         yield from gauges.values()

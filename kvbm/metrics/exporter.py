@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from kvbm.metrics.collector import HitRates, InstanceCollector
+from kvbm.metrics.device import DeviceReader
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ class Exporter:
         As in `InstanceCollector`.
     address : str
         Where to listen.
+    disk_folder : Path, optional
+        Folder of the disk tiers; by default that of `DYN_KVBM_DISK_CACHE_DIR`.
 
     Raises
     ------
@@ -42,9 +46,10 @@ class Exporter:
         port: int,
         hit_rates: HitRates | None = None,
         address: str = ADDRESS,
+        disk_folder: Path | None = None,
     ) -> None:
         registry = CollectorRegistry(auto_describe=False)
-        self._collector = InstanceCollector(instances, hit_rates)
+        self._collector = InstanceCollector(instances, hit_rates, DeviceReader(disk_folder))
         registry.register(self._collector)
         self._server, self._thread = start_http_server(port, address, registry)
         self.port = int(self._server.server_port)
@@ -57,10 +62,12 @@ class Exporter:
         self._collector.close()
 
 
-def start_exporter(instance: str, port: int, hit_rates: HitRates) -> Exporter | None:
+def start_exporter(
+    instance: str, port: int, hit_rates: HitRates, disk_folder: Path | None = None
+) -> Exporter | None:
     """Serve an engine's metrics; a port in use is a line in the log, and no metrics."""
     try:
-        exporter = Exporter(lambda: [instance], port, hit_rates)
+        exporter = Exporter(lambda: [instance], port, hit_rates, disk_folder=disk_folder)
     except OSError as error:
         logger.warning(
             "no metrics on port %d (%s): the engine goes on without. Another engine on this host "

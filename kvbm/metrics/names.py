@@ -140,4 +140,20 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kvbm_queued_operations": ("Transfers that a worker has not seen yet.", LINE_LABELS),
     "kvbm_participants": ("Attached processes.", ("instance", "role", "state")),
     "kvbm_recovering": ("Whether a recovery is under way.", ("instance",)),
+    "kvbm_disk_device_written_bytes": (
+        "Written to the device under the disk tier since the machine started, by everybody.",
+        ("instance", "device"),
+    ),
+    "kvbm_disk_device_lifetime_written_bytes": (
+        "Written to its drives in their life; missing where it cannot be read.",
+        ("instance", "device"),
+    ),
+    "kvbm_disk_device_wear_ratio": (
+        "Share of the drives' life that is used, as they say; missing where it cannot be read.",
+        ("instance", "device"),
+    ),
+    "kvbm_disk_device_spare_ratio": (
+        "Share of their spare blocks that is left; missing where it cannot be read.",
+        ("instance", "device"),
+    ),
 }

@@ -109,7 +109,12 @@ class KvConnectorLeader:
             self.settings.cache_stats_log_interval_secs,
         )
         self._exporter = (
-            start_exporter(self.instance, self.settings.metrics_port, self._hits.rates)
+            start_exporter(
+                self.instance,
+                self.settings.metrics_port,
+                self._hits.rates,
+                self.settings.disk_cache_dir,
+            )
             if self.settings.metrics
             else None
         )

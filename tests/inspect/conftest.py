@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvbm.inspect.cli import main
+from kvbm.tiers.disk_device import DiskDevice
 from tests.fast.instances import instance
 from tests.inspect.disk_samples import DiskSample, disk_sample, slab_bytes
 from tests.inspect.samples import Sample, fill, frozen_snapshot
@@ -55,8 +56,10 @@ def disk_file(disk: DiskSample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def slab_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A slab alone, as after a reboot, in the current folder."""
+    """A slab alone, as after a reboot, in the current folder, on a device that hides its wear."""
     monkeypatch.chdir(tmp_path)
+    device = DiskDevice("sda", None, True, 1 << 30, problem="sda is no NVMe drive")
+    monkeypatch.setattr("kvbm.inspect.capture.device_of", lambda _: device)
     path = tmp_path / "kvbm-sample.disk.1"
     path.write_bytes(slab_bytes(1))
     return Path(path.name)

@@ -12,6 +12,7 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm.inspect.capture import Capture, capture, write_snapshot
 from kvbm.inspect.records import record_dtype
+from kvbm.tiers.disk_device import DiskDevice
 from tests.fast.instances import Instance, cache, digests
 
 NOW_NS = 1_000_000 * 10**9
@@ -66,7 +67,8 @@ def frozen(taken: Capture) -> Capture:
             rank: replace(slab, path=f"kvbm-sample.disk.{rank}", in_use=True)
             for rank, slab in disk.slabs.items()
         }
-        disk = replace(frozen(disk), source="sample.disk", slabs=slabs)
+        device = DiskDevice("nvme0n1", "A Drive", False, 7 << 40, 0.07, 0.98, 9 << 40, 0).row()
+        disk = replace(frozen(disk), source="sample.disk", slabs=slabs, device=device)
     return replace(
         taken,
         source="sample",

@@ -214,6 +214,18 @@ def test_a_dead_leader_of_the_disk_tier_is_said(disk_file: Path, inspect: Inspec
     assert "what died on lines [0] has not been recovered" in result.stdout
 
 
+def test_a_device_that_a_snapshot_makes_up_is_shown_as_far_as_it_makes_sense(
+    disk_file: Path, inspect: Inspect
+) -> None:
+    taken = capture(str(disk_file))
+    assert taken.disk is not None
+    odd = {"name": 7, "wear": 0.5, "lifetime_written_bytes": "much", "written_bytes": [1]}
+    write_snapshot(replace(taken, disk=replace(taken.disk, device=odd)), Path("odd.kvbm"))
+    found = json.loads(inspect("show", "odd.kvbm", "--json").stdout)["disk"]["device"]
+    assert {name for name, value in found.items() if value is not None} == {"wear"}
+    assert "50.0 % of its life used" in inspect("show", "odd.kvbm").stdout
+
+
 def test_every_command_with_a_tier_names_it_in_its_help() -> None:
     for name in ("blocks", "tree", "participants", "diff"):
         assert any("--tier" in option.opts for option in main.commands[name].params)
