@@ -63,7 +63,8 @@ class Stored(NamedTuple):
     group : int
         KV-cache group.
     extra_keys : tuple
-        What else the engine's hash is made of, as vLLM tells it; not sent on.
+        What else the engine's hash is made of, as the engine tells it: texts, and for images what
+        is no text; not sent on.
     """
 
     block_hash: int

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events as bytes: written as upstream writes them, read from upstream and from every vLLM.
+"""Events as bytes: written as upstream writes them, read from upstream and engines.
 
 A payload is a MessagePack array, ``[timestamp, [event, ...], data-parallel rank]``. Written events
 are maps with a "type" first, one block a ``BlockStored``. What is read may also be a positional
-array (vLLM's older ``array_like`` structs), may hold several blocks, may end early and may have
-fields that nobody here knows. ``docs/events.md`` has the format with an example.
+array (vLLM's ``array_like`` structs before 0.24), may hold several blocks, may end early and may
+have fields that nobody here knows. ``docs/events.md`` has the format with an example.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ def _named(fields: Any) -> Mapping[str, Any]:
     names = STORED_FIELDS if fields[0] == "BlockStored" else REMOVED_FIELDS
     tail = fields[len(names) :]
     named = dict(zip(names, fields, strict=False))
-    # The first number of the tail is the group, the word REMOTE in it the locality.
-    named["group_idx"] = next((item for item in tail if isinstance(item, int)), None)
+    # The group is the tail's first, or second behind what is said of images; a number further
+    # behind is a window. The word REMOTE is the locality.
+    named["group_idx"] = next((item for item in tail[:2] if isinstance(item, int)), None)
+    named["block_mm_infos"] = tail[0] if tail and isinstance(tail[0], list) else None
     named["locality"] = "REMOTE" if "REMOTE" in tail else None
     return named
 
@@ -124,15 +126,16 @@ def _stored(
     size, tokens = fields["block_size"], fields["token_ids"]
     if size <= 0 or len(tokens) != size * len(hashes):
         raise ValueError(f"{len(hashes)} blocks of {size} tokens with {len(tokens)} tokens")
-    extra = fields.get("extra_keys") or [None] * len(hashes)
-    if len(extra) != len(hashes):
-        raise ValueError(f"{len(hashes)} blocks with extra keys for {len(extra)}")
+    nothing = [None] * len(hashes)
+    extra, images = (fields.get(name) or nothing for name in ("extra_keys", "block_mm_infos"))
+    if len(extra) != len(hashes) or len(images) != len(hashes):
+        raise ValueError(f"{len(hashes)} blocks with extra keys for {len(extra)}, {len(images)}")
     parent = fields.get("parent_block_hash")
     found = []
     before = None if parent is None else _hash64(parent)
     for number, value in enumerate(hashes):
         chunk = tuple(tokens[number * size : (number + 1) * size])
-        keys = tuple(extra[number] or ())
+        keys = tuple(extra[number] or ()) + ((images[number],) if images[number] else ())
         found.append(Stored(value, before, chunk, fields.get("lora_name"), medium, group, keys))
         before = value
     return found

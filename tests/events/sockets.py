@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from kvbm.events.batch_log import BatchLog
@@ -20,14 +20,14 @@ ANYWHERE = "tcp://127.0.0.1:*"
 DEADLINE_S = 20.0
 
 
-def free_base_port() -> int:
-    """A port of which those 1000 and 2000 above it are free, too."""
+def free_base_port(ranks: int = 1, above: Sequence[int] = (1000, 2000)) -> int:
+    """A port of which those so much above it are free, one a rank."""
     while True:
         port = free_port() % 30_000 + 10_000
         try:
             with ExitStack() as stack:
-                for above in (1000, 2000):
-                    stack.enter_context(socket.socket()).bind(("0.0.0.0", port + above))
+                for free in (port + base + rank for base in above for rank in range(ranks)):
+                    stack.enter_context(socket.socket()).bind(("0.0.0.0", free))
         except OSError:
             continue
         return port

@@ -89,8 +89,9 @@ def test_an_event_of_several_blocks_becomes_one_each() -> None:
 
 def test_an_event_may_be_an_array() -> None:
     values = [STORED[name] for name in STORED if name not in ("group_idx",)]
-    tail = [[{"mm": 1}], 1, "full_attention", 128]  # images, group, kind, window
-    assert decode_batch(payload(values + tail)).events == READ
+    tail = [[None, {"mm": 1}, None], 1, "full_attention", 128]  # images, group, kind, window
+    image = READ[1]._replace(extra_keys=({"mm": 1},))
+    assert decode_batch(payload(values + tail)).events == (READ[0], image, READ[2])
     removed = ["BlockRemoved", [10, -1], "GPU", 1, "full_attention"]
     assert decode_batch(payload(removed)).events == (Removed((10, 2**64 - 1), "GPU", 1),)
     assert decode_batch(payload(["AllBlocksCleared"])).events == (Cleared(),)
@@ -119,6 +120,7 @@ def test_blocks_on_another_machine_are_not_the_engines() -> None:
         STORED | {"block_size": 0},
         STORED | {"token_ids": [1, 2, 3]},
         STORED | {"extra_keys": [None]},
+        STORED | {"block_mm_infos": [None]},
         STORED | {"block_hashes": ["text"]},
         {"type": "BlockMoved"},
         {"block_hashes": [1]},
