@@ -138,9 +138,16 @@ class Server:
 
     # ---- clients ---------------------------------------------------------------------------------
     def complete(
-        self, prompt: Sequence[int], output_tokens: int, leave_after: int | None = None
+        self,
+        prompt: Sequence[int],
+        output_tokens: int,
+        leave_after: int | None = None,
+        rank: int | None = None,
     ) -> Completion:
-        """Stream a completion; with `leave_after` the client goes away after so many tokens."""
+        """Stream a completion; with `leave_after` the client goes away after so many tokens.
+
+        With `rank` that data-parallel engine gets it.
+        """
         body = {
             "model": MODEL,
             "prompt": list(prompt),
@@ -151,10 +158,11 @@ class Server:
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
+        headers = JSON if rank is None else JSON | {"X-data-parallel-rank": str(rank)}
         tokens: list[int] = []
         reason, cached = None, 0
         with self._connection() as connection:
-            connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
             for event in _events(connection.getresponse()):
                 for choice in event["choices"]:
                     tokens += choice["token_ids"]
