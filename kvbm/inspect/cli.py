@@ -217,22 +217,26 @@ def verify(source: str | None, as_json: bool, arenas: bool) -> int:
 @source_argument
 @click.option("--hertz", type=click.FloatRange(0.1, 30), default=10.0, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0), help="End after this time.")
-def top(source: str | None, hertz: float, seconds: float | None) -> None:
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON document a picture, a line each."
+)
+def top(source: str | None, hertz: float, seconds: float | None, as_json: bool) -> None:
     """Live view in the terminal: fill, hit rates, transfers, participants, shared prefixes.
 
     Block states, pins and prefixes are those of the last sweep over the table, which takes a second
     for each 40,000 blocks; everything else is of the moment.
     """
-    from kvbm.inspect.top import run
+    from kvbm.inspect.top import run, run_json
 
-    run(live_name(source), hertz, seconds)
+    (run_json if as_json else run)(live_name(source), hertz, seconds)
 
 
 @command("serve")
 @click.argument("source", required=False)
 @click.option("--port", type=click.IntRange(0, 65535), default=6881, show_default=True)
 @click.option("--address", default="127.0.0.1", show_default=True, help="Who can reach the page.")
-def serve(source: str | None, port: int, address: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the page's address as JSON.")
+def serve(source: str | None, port: int, address: str, as_json: bool) -> None:
     """The live view as a web page with charts, of SOURCE or of all instances; Ctrl-C ends it.
 
     Only this host can reach it unless another --address is given; whoever can reach it sees names
@@ -240,8 +244,15 @@ def serve(source: str | None, port: int, address: str) -> None:
     """
     from kvbm.inspect.serve import run
 
+    def listening(url: str) -> None:
+        if as_json:
+            print_document("serve", {"url": url})
+        else:
+            print(f"{url}  (Ctrl-C ends it)")
+        sys.stdout.flush()
+
     chosen = None if source is None else live_name(source)
-    run(instances if chosen is None else lambda: [chosen], port, address)
+    run(instances if chosen is None else lambda: [chosen], port, address, listening)
 
 
 # ---- lists ---------------------------------------------------------------------------------------
@@ -370,11 +381,16 @@ def _tree_lines(segment: Segment, whole: tree.Tree, found: Iterator[tree.Node]) 
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @source_argument
 @click.option("--arenas/--no-arenas", default=True, help="With the headers of the slots.")
-def snapshot(file: Path, source: str | None, arenas: bool) -> None:
+@json_option
+def snapshot(file: Path, source: str | None, arenas: bool, as_json: bool) -> None:
     """Write a snapshot to FILE: the block state, never KV bytes. All commands read it."""
     taken: Capture = capture(resolve(source), arenas)
     write_snapshot(taken, file)
-    click.echo(f"{file}: {text.size(file.stat().st_size)}", err=True)
+    size = file.stat().st_size
+    if as_json:
+        print_document("snapshot", {"source": taken.source, "file": str(file), "bytes": size})
+    else:
+        click.echo(f"{file}: {text.size(size)}", err=True)
 
 
 @command("diff")
@@ -397,11 +413,16 @@ def diff(old: str, new: str, tier: str | None, limit: int, as_json: bool) -> Non
 @source_argument
 @click.option("--what", type=click.Choice(["tiers", "tree"]), default="tiers", show_default=True)
 @click.option("--by", type=click.Choice(picture.COLOURS), default="state", show_default=True)
-def draw_map(file: Path, source: str | None, what: str, by: str) -> None:
+@json_option
+def draw_map(file: Path, source: str | None, what: str, by: str, as_json: bool) -> None:
     """Draw the tiers, one cell a slot, or the tree, to FILE: .png or .svg."""
     segment = opened(source)
     draw = picture.draw_tiers if what == "tiers" else picture.draw_tree
     picture.write(draw(segment, by), file)
+    if as_json:
+        body = {"source": segment.capture.source, "file": str(file), "what": what, "by": by}
+        print_document("map", {**body, "damage": segment.damage})
+        return
     tell_damage(segment)
 
 

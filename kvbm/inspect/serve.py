@@ -153,8 +153,22 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: a page asks twice a second."""
 
 
-def run(instances: Callable[[], Iterable[str]], port: int, address: str) -> None:
+def run(
+    instances: Callable[[], Iterable[str]],
+    port: int,
+    address: str,
+    listening: Callable[[str], None],
+) -> None:
     """Serve until a signal ends it.
+
+    Parameters
+    ----------
+    instances : callable
+        Names of those that may be looked at.
+    port, address
+        Where to listen; port 0 is one that is free.
+    listening : callable
+        Told the page's address once it can be asked for.
 
     Raises
     ------
@@ -169,7 +183,7 @@ def run(instances: Callable[[], Iterable[str]], port: int, address: str) -> None
         thread = threading.Thread(target=server.serve_forever, name="kvbm-serve")
         thread.start()
         host = f"[{address}]" if ":" in address else address
-        print(f"http://{host}:{server.port}/  (Ctrl-C ends it)", flush=True)
+        listening(f"http://{host}:{server.port}/")
         wait()
         server.shutdown()
         thread.join()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`top`: the live view in a terminal.
+"""`top`: the live view in a terminal, or as JSON.
 
 By curses, which is there where Python is, and which sends to the terminal only what has changed.
 """
@@ -7,12 +7,14 @@ By curses, which is there where Python is, and which sends to the terminal only 
 from __future__ import annotations
 
 import curses
+import json
 import time
 from typing import Any
 
 from kvbm.errors import InspectError
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.frame import frame
+from kvbm.inspect.report import SCHEMA
 from kvbm.inspect.top_view import screen
 
 ENDS = (ord("q"), ord("Q"), 27)
@@ -36,6 +38,24 @@ def run(instance: str, hertz: float, seconds: float | None) -> None:
         raise InspectError(f"top needs a terminal: {error}") from None
     except KeyboardInterrupt:
         return
+
+
+def run_json(instance: str, hertz: float, seconds: float | None) -> None:
+    """Print what would be shown: one JSON document a picture, a line each, at least one."""
+    end = None if seconds is None else time.monotonic() + seconds
+    follower = Follower()
+    try:
+        while True:
+            next_at = time.monotonic() + 1 / hertz
+            picture = frame(*follower.look(instance))
+            print(json.dumps({"schema": SCHEMA, "command": "top", **picture}), flush=True)
+            if end is not None and next_at > end:
+                return
+            time.sleep(max(0.0, next_at - time.monotonic()))
+    except KeyboardInterrupt:
+        return
+    finally:
+        follower.close()
 
 
 def _loop(window: Any, instance: str, period: float, seconds: float | None) -> None:

@@ -207,6 +207,25 @@ def test_a_snapshot_of_a_snapshot_is_the_same(snapshot_file: Path, inspect: Insp
     assert Path("again.kvbm").stat().st_mode & 0o077 == 0
 
 
+def test_what_writes_a_file_says_so_as_json(snapshot_file: Path, inspect: Inspect) -> None:
+    found = json.loads(inspect("snapshot", "again.kvbm", snapshot_file, "--json").stdout)
+    assert found == {
+        "schema": 1,
+        "command": "snapshot",
+        "source": "sample.kvbm",
+        "file": "again.kvbm",
+        "bytes": Path("again.kvbm").stat().st_size,
+    }
+    found = json.loads(inspect("map", "map.svg", snapshot_file, "--what", "tree", "--json").stdout)
+    assert (found["command"], found["what"], found["by"]) == ("map", "tree", "state")
+    assert Path(found["file"]).exists()
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_each_command_can_print_json(command: str) -> None:
+    assert "--json" in {word for one in main.commands[command].params for word in one.opts}
+
+
 def test_diff_tells_what_came_and_went(
     sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inspect: Inspect
 ) -> None:

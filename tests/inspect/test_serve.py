@@ -105,7 +105,7 @@ def test_another_site_cannot_read_a_local_page(server: PageServer, host: str, st
 
 def test_an_address_in_use_is_one_line(server: PageServer) -> None:
     with pytest.raises(InspectError, match=f"cannot listen on 127.0.0.1:{server.port}: .*in use"):
-        run(list, server.port, "127.0.0.1")
+        run(list, server.port, "127.0.0.1", print)
 
 
 def test_a_file_cannot_be_served(snapshot_file: Path, inspect: Inspect) -> None:
@@ -114,23 +114,26 @@ def test_a_file_cannot_be_served(snapshot_file: Path, inspect: Inspect) -> None:
     assert "top and serve follow a live instance" in result.stderr
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_a_signal_ends_the_command(sample: Sample, address: str) -> None:
+@pytest.mark.parametrize("words", [("127.0.0.1",), ("::1",), ("127.0.0.1", "--json")])
+def test_a_signal_ends_the_command(sample: Sample, words: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "kvbm.inspect", "serve", sample.name, "--port", "0"]
     with subprocess.Popen(
-        [*command, "--address", address],
+        [*command, "--address", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        told = process.stdout.readline()
+        while "--json" in words and not told.endswith("\n}\n"):
+            told += process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, problem = process.communicate(timeout=DEADLINE_S)
     if "Cannot assign requested address" in problem:
         pytest.skip("this host has no IPv6 loopback")
-    assert line.startswith("http://[::1]:" if ":" in address else "http://127.0.0.1:")
+    url = json.loads(told)["url"] if "--json" in words else told
+    assert url.startswith("http://[::1]:" if "::1" in words else "http://127.0.0.1:")
     assert (process.returncode, problem) == (0, "")
 
 

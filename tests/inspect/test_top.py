@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -55,6 +56,18 @@ def test_a_file_or_no_terminal_is_one_line(sample: Sample, snapshot_file: Path) 
     )
     assert done.returncode == 2
     assert "top needs a terminal" in done.stderr
+
+
+def test_json_needs_no_terminal_and_is_a_line_a_picture(sample: Sample, inspect: Inspect) -> None:
+    one = inspect("top", sample.name, "--json", "--seconds", 0).stdout.splitlines()
+    several = inspect("top", sample.name, "--json", "--hertz", 30, "--seconds", 0.1)
+    pictures = [json.loads(line) for line in (*one, *several.stdout.splitlines())]
+    assert len(one) == 1
+    assert len(pictures) > 2
+    for picture in pictures:
+        assert (picture["schema"], picture["command"]) == (1, "top")
+        assert picture["instance"] == sample.name
+        assert picture["pools"]["host"] == {"used": 23, "total": 64}
 
 
 def test_a_snapshot_cannot_be_followed(snapshot_file: Path, inspect: Inspect) -> None:

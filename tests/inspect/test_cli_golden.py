@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden output of the commands that are about more than one frozen snapshot, or draw one.
+
+The others are in `tests.inspect.test_cli`; KVBM_UPDATE_GOLDEN=1 writes the files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvbm._fast.segment import FORMAT_VERSION
+from kvbm.inspect import cli
+from kvbm.inspect.capture import capture
+from tests.fast.instances import digests, instance
+from tests.inspect.conftest import Inspect
+from tests.inspect.samples import Sample, chain, fill, frozen_snapshot
+from tests.inspect.test_cli import check_golden
+
+
+@pytest.fixture
+def later_file(snapshot_file: Path) -> Iterator[str]:
+    """A snapshot of the sample with two blocks more, beside the frozen one."""
+    folder = Path("later")
+    folder.mkdir()
+    one = instance(host_slots=64, ranks=2)
+    try:
+        sample = fill(one)
+        chain(sample.table, digests(2, "later"))
+        yield str(frozen_snapshot(sample, folder))
+    finally:
+        one.remove()
+
+
+@pytest.fixture
+def listed(snapshot_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frozen snapshot is the one instance of this host, beside one without a segment."""
+    found = {"no-segment": ["/kvbm-no-segment.host.0"], "sample": ["/kvbm-sample"]}
+    files = {"sample": str(snapshot_file)}
+    monkeypatch.setattr(cli, "instances", lambda: found)
+    monkeypatch.setattr(cli, "capture", lambda name: capture(files.get(name, name)))
+
+
+def check_json(name: str, found: str) -> None:
+    """Compare a JSON document, without what other changes of the core move."""
+    document = json.loads(found)
+    assert document["schema"] == 1
+    check_golden(f"{name}.json", json.dumps(document, indent=1) + "\n")
+
+
+@pytest.mark.usefixtures("listed")
+def test_list(inspect: Inspect) -> None:
+    check_golden("list.txt", inspect("list").stdout)
+    check_json("list", inspect("list", "--json").stdout)
+
+
+def test_block(snapshot_file: Path, inspect: Inspect) -> None:
+    check_json("block", inspect("block", "block:3", snapshot_file, "--json").stdout)
+
+
+def test_diff(snapshot_file: Path, later_file: str, inspect: Inspect) -> None:
+    check_golden("diff.txt", inspect("diff", snapshot_file, later_file).stdout)
+    check_json("diff", inspect("diff", snapshot_file, later_file, "--json").stdout)
+
+
+@pytest.mark.parametrize("what", ["tiers", "tree"])
+def test_map(what: str, snapshot_file: Path, inspect: Inspect) -> None:
+    assert inspect("map", "map.svg", snapshot_file, "--what", what).exit_code == 0
+    check_golden(f"map-{what}.svg", Path("map.svg").read_text(encoding="utf-8"))
+
+
+def test_top(sample: Sample, inspect: Inspect) -> None:
+    found = json.loads(inspect("top", sample.name, "--json", "--seconds", 0).stdout)
+    text = json.dumps(found, indent=1).replace(sample.name, "NAME")
+    text = re.sub(r'"(age_seconds|pid)": [\d.e-]+', r'"\1": 1', text)
+    text = text.replace(f": {os.getpid()},", ": 1,")
+    check_golden("top.json", text + "\n")
+
+
+def test_snapshot(snapshot_file: Path, inspect: Inspect) -> None:
+    found = inspect("snapshot", "again.kvbm", snapshot_file)
+    assert re.fullmatch(r"again\.kvbm: [\d.]+ KiB\n", found.stderr)
+    assert json.loads(inspect("show", "again.kvbm", "--json").stdout)["format"] == FORMAT_VERSION
