@@ -285,7 +285,8 @@ def run_trial(kind: str, folder: Path, mib: int, device: str) -> bool:
     try:
         with step("library"):
             library = nixl_library()
-        file = TrialFile(folder, max(1, (mib << 20) // BLOCK_BYTES) * BLOCK_BYTES)
+        with step("file made"):
+            file = TrialFile(folder, max(1, (mib << 20) // BLOCK_BYTES) * BLOCK_BYTES)
         with step("agent and backend") as more:
             trial = Trial(library, kind, file.fd, file.size // BLOCK_BYTES)
             trial.agent.create_backend(kind, {})

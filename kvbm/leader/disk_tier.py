@@ -117,6 +117,7 @@ class DiskTier:
         self._fetches: list[Transfer] = []
         self._damaged: deque[tuple[Keys, int]] = deque(maxlen=DAMAGED_MAX)
         self._quarantined: list[int] = []
+        self._holds_max = table.segment.shape.host_slots // 2
         self._progress_at = clock()
         self._recoverer: Recoverer | None = None
         self.raise_slabs: Callable[[int], None] = _no_slabs
@@ -250,6 +251,8 @@ class DiskTier:
         for _ in range(min(STARTS_MAX, len(self._candidates))):
             if len(self._spills) >= SPILLS_MAX or self.table.free_operations() < SPILLS_MAX:
                 return
+            if self._spills and sum(spill.holds for spill in self._spills) >= self._holds_max:
+                return  # a slow disk must leave room for what is computed now
             candidate = self._candidates.popleft()
             if self._start_spill(candidate):
                 self._candidates.append(candidate)
@@ -275,6 +278,7 @@ class DiskTier:
         )
         refs, slots = [ref for ref, _ in reserved], [slot for _, slot in reserved]
         spill = Transfer([], len(refs), self._clock(), host_ref, disk_ref, refs)
+        spill.holds = depth + count
         if refs and host_ref is not None:
             skip = count - len(refs)
             spill.handles = self.table.spill(host_ref, skip, slots, candidate.group) or []

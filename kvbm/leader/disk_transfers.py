@@ -52,6 +52,7 @@ class Transfer:
     host_ref: int | None = None
     disk_ref: int | None = None
     reserved: list[int] = field(default_factory=list)  # a spill's blocks in the disk table
+    holds: int = 0  # a spill's chain up to its end: blocks that stay in the host tier
     keys: Keys | None = None
     group: int = 0
     first: int = 0  # a fetch's first block

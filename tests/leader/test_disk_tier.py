@@ -103,6 +103,27 @@ def test_reads_of_a_chain_may_end_in_any_order(
     assert load(engine, "r", len(BLOCKS)) == expected(3)
 
 
+def test_a_slow_disk_leaves_half_of_the_host_tier_to_new_blocks(
+    make_engine: Callable[..., SmallEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, gate = Calls(), threading.Event()
+    with_calls = functools.partial(DiskBatches, calls=calls.addresses)
+    monkeypatch.setattr(kvbm.worker.disk, "DiskBatches", with_calls)
+    engine = make_engine()
+    calls.faults["write"] = lambda *_: None if gate.wait(20) else 0
+    sizes = {"a": 8, "b": 4, "c": 4}
+    for seed, count in sizes.items():
+        engine.store(f"store {seed}", BLOCKS[:count], seed)
+        engine.step()
+        engine.step()
+    kept = {s: engine.leader.match(engine.track(s, n, s), 0, n) for s, n in sizes.items()}
+    gate.set()
+    for seed in sizes:
+        engine.leader.abandon(seed)
+    settle(engine)
+    assert kept == {"a": 8, "b": 0, "c": 4}  # `a` is being written, `b` had to give way
+
+
 def test_what_came_back_stays_in_the_host_tier(engine: SmallEngine) -> None:
     spill(engine)
     ask(engine, "r", "a")
