@@ -22,8 +22,9 @@ States count what all cells and all actors are; memories count the cells alone. 
 """
 
 MUTATED = """
-One rule of the protocol broken at a time: which scenario notices it first, in how many steps
-(a shortest trace; `python -m tests.model --trace RULE` prints it), and what it sees.
+One rule of the protocol broken at a time: which scenario notices it first, with how many deaths at
+least, in how many steps (a shortest trace; `python -m tests.model --trace RULE` prints it), and
+what it sees.
 """
 
 
@@ -48,16 +49,16 @@ def scenario_rows() -> Iterator[str]:
 def mutation_rows() -> Iterator[str]:
     """Explore each mutation until it is noticed; one row each."""
     known = {scenario.name: scenario for scenario in scenarios()}
-    yield "| rule | broken | scenario | steps | noticed |"
-    yield "|---|---|---|--:|---|"
+    yield "| rule | broken | scenario | deaths | steps | noticed |"
+    yield "|---|---|---|--:|--:|---|"
     for mutation in MUTATIONS:
-        scenario = known[mutation.scenario]
         try:
-            explore(lambda m=mutation, s=scenario: build(s, m.rules, strict=False))
+            explore(lambda m=mutation: m.model(known))
             noticed, steps = "not noticed", "-"
         except Violation as violation:
             noticed, steps = violation.message, str(len(violation.trace))
-        row = (mutation.rule, mutation.about, mutation.scenario, steps, noticed)
+        deaths = str(mutation.deaths)
+        row = (mutation.rule, mutation.about, mutation.scenario, deaths, steps, noticed)
         yield f"| {' | '.join(row)} |"
 
 
@@ -68,7 +69,7 @@ def print_trace(rule: str) -> None:
         if mutation.rule == rule:
             print(f"{mutation.about}, in '{mutation.scenario}':")
             try:
-                explore(lambda m=mutation: build(known[m.scenario], m.rules, strict=False))
+                explore(lambda m=mutation: m.model(known))
             except Violation as violation:
                 print(violation)
 

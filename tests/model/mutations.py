@@ -8,23 +8,35 @@ checked.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from tests.model.explore import Model
 from tests.model.rules import PROTOCOL, Rules
+from tests.model.setting import Scenario, build
 
 
 class Mutation(NamedTuple):
-    """One broken rule: its flag in `Rules`, the scenario that notices it, and how."""
+    """One broken rule: its flag in `Rules`, the scenario that notices it, and how.
+
+    `deaths` are those that it takes.
+    """
 
     rule: str
     about: str
     scenario: str
     notices: str
+    deaths: int = 0
 
     @property
     def rules(self) -> Rules:
         """The protocol without this rule."""
         return dataclasses.replace(PROTOCOL, **{self.rule: False})
+
+    def model(self, among: Mapping[str, Scenario]) -> Model:
+        """Its scenario without the rule, with no more deaths than it takes."""
+        scenario = among[self.scenario]._replace(crashes=self.deaths)
+        return build(scenario, self.rules, strict=False)
 
 
 MUTATIONS = [
@@ -121,96 +133,112 @@ MUTATIONS = [
         "a worker does not look at a load's blocks again after the copy",
         "load outlives its leader",
         "wrong bytes",
+        deaths=1,
     ),
     Mutation(
         "inside_before_look",
         "a participant looks for a recovery before it shows itself",
         "recovery beside a storer",
         "I4",
+        deaths=1,
     ),
     Mutation(
         "recovering_before_look",
         "recovery looks for participants before it shows itself",
         "recovery beside a storer",
         "I4",
+        deaths=1,
     ),
     Mutation(
         "recount_alone",
         "recovery recounts while somebody is inside",
         "recovery beside a storer",
         "I2",
+        deaths=1,
     ),
     Mutation(
         "rebuild_alone",
         "recovery rebuilds the pools while somebody is inside",
         "recovery beside a storer",
         "I4",
+        deaths=1,
     ),
     Mutation(
         "recovery_leaves_counts",
         "recovery uncounts a parent that the dead may have uncounted",
         "recovery beside a storer",
         "I2",
+        deaths=1,
     ),
     Mutation(
         "running_protected",
         "recovery frees a slot that a live worker of the dead leader fills",
         "store outlives its leader",
         "I6",
+        deaths=1,
     ),
     Mutation(
         "finishing_recovered",
         "recovery leaves an operation whose last rank died while it published",
         "worker is replaced",
         "waits forever",
+        deaths=1,
     ),
     Mutation(
         "dead_lines_held",
         "recovery only looks at the locks of dead lines",
         "worker comes late",
         "an operation is left",
+        deaths=1,
     ),
     Mutation(
         "claim_checks_role",
         "a line is claimed before what its last owner held has been returned",
         "leader is replaced",
         "slots are lost",
+        deaths=1,
     ),
     Mutation(
         "claim_checks_leader",
         "a worker takes whoever has the leader's line for its leader",
         "worker comes late",
         "a worker of the first engine runs an operation of the second engine",
+        deaths=1,
     ),
     Mutation(
         "waits_have_deadlines",
         "a leader waits for an operation without a deadline",
         "worker is replaced",
         "waits forever",
+        deaths=1,
     ),
     Mutation(
         "rebuild_final_words",
         "recovery fills a pool word first and then takes out what is named",
         "recoverer dies",
         "I4",
+        deaths=1,
     ),
     Mutation(
         "lines_after_rebuild",
         "dead lines are released although the recount had to wait",
         "recovery beside a storer",
         "are lost",
+        deaths=1,
     ),
     Mutation(
         "left_recovering_is_cleared",
         "nobody clears `recovering` after a recoverer without a line",
         "recovery by a guest",
         "a recovery is left under way",
+        deaths=1,
     ),
     Mutation(
         "disk_recovered",
         "nobody returns what a dead leader held in the disk tier's table",
         "spill",
         "of a dead process is left",
+        deaths=1,
     ),
     Mutation(
         "spill_published_last",
@@ -223,12 +251,14 @@ MUTATIONS = [
         "a spill does not look at the header of the host slot",
         "restore",
         "were read for A",
+        deaths=1,
     ),
     Mutation(
         "fetch_compares_digest",
         "a fetch does not compare the digest in the slab's header",
         "fetch",
         "I6: block 0 (A) is registered, slot 0 holds ['X']",
+        deaths=1,
     ),
     Mutation(
         "fetch_compares_checksum",

@@ -18,9 +18,8 @@ SCENARIOS = {scenario.name: scenario for scenario in scenarios()}
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.rule}: {m.scenario}")
 def test_a_broken_rule_is_noticed(mutation: Mutation) -> None:
-    scenario = SCENARIOS[mutation.scenario]
     with pytest.raises(Violation) as caught:
-        explore(lambda: build(scenario, mutation.rules, strict=False))
+        explore(lambda: mutation.model(SCENARIOS))
     assert mutation.notices in caught.value.message
     assert len(caught.value.trace) > 3
 
