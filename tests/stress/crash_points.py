@@ -4,7 +4,8 @@
 ``python -m tests.stress.crash_points`` prints a JSON summary. For n = 1, 2, ... a forked child runs
 a fixed scenario and ends, without any clean-up, just before its n-th store to shared memory
 (kvbm/_fast/atomics.h); the parent then recovers and checks every invariant. It is over when a child
-reaches the scenario's end.
+reaches the scenario's end. Then the same for what is done to a disk tier's table alone, and for a
+process that recovers what another dead one has held.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)  # one countdown for all extension modules
 
@@ -24,6 +26,7 @@ import numpy as np  # noqa: E402
 from kvbm._fast import segment as segment_module  # noqa: E402
 from kvbm._fast.control import evict_subtrees, identify  # noqa: E402
 from kvbm._fast.copy import HostCopier  # noqa: E402
+from kvbm._fast.disk_table import DiskTable, raise_epoch  # noqa: E402
 from kvbm._fast.host_backend import HostBackend  # noqa: E402
 from kvbm._fast.keys import Keys  # noqa: E402
 from kvbm._fast.operation_table import OperationTable  # noqa: E402
@@ -33,7 +36,8 @@ from kvbm._fast.segment import Segment  # noqa: E402
 from kvbm._fast.worker_loop import WorkerLoop  # noqa: E402
 from kvbm.transfer.arena_layout import ArenaLayout  # noqa: E402
 from tests.fast.instances import Instance, digests, instance  # noqa: E402
-from tests.fast.raw_segment import REGISTERED  # noqa: E402
+from tests.fast.raw_segment import PARTIAL, REGISTERED  # noqa: E402
+from tests.fast.test_disk_table import headers_of  # noqa: E402
 
 CRASHED = 86
 SLOTS = 12
@@ -104,6 +108,50 @@ def scenario(name: str, alone: bool = True) -> None:
     mine.close()
 
 
+def on_disk(name: str) -> None:
+    """Restore, write a run, publish and give back, retire, keep a slot, reset."""
+    segment = Segment.attach(name)
+    claim_leader(segment, os.getpid())
+    table = DiskTable(segment)
+    found, chain = Keys(digests(4, "found")), Keys(digests(5, "chain"))
+    free = [slot for slot in range(SLOTS) if slot not in range(len(SURVIVOR))]
+    assert table.restore(headers_of(found, free[:4])) == 4
+    count, ref = table.match(found, 0, 4)
+    assert (count, ref is not None) == (4, True)
+    if ref is not None:
+        table.unpin(ref)
+    reserved = [ref for ref, _ in table.reserve_run(chain, 0, 4, None)]
+    table.publish(reserved[:3])
+    table.abandon_reserved(reserved[3:])
+    for ref in reversed(reserved[:3]):
+        table.unpin(ref)
+    done, kept = table.retire(found, 1)
+    assert done
+    if kept is not None:
+        table.abandon_reserved([kept])
+    raise_epoch(table, table.segment.key_epoch + 1)
+    table.reset()
+    segment.close()
+
+
+def recovering(name: str) -> None:
+    """A process that recovers what another one, which died, has held."""
+    pid = os.fork()
+    if pid == 0:
+        debug_word("kv_crash_countdown").value = 0
+        dead = Segment.attach(name)
+        claim_leader(dead, os.getpid())
+        table = OperationTable(dead)
+        refs = [ref for ref, _ in table.reserve(Keys(digests(3, "dead")), 0, 3)]
+        table.publish(refs[:1])
+        table.store(Keys(digests(2, "dead too")), 0, 2, [0, 1], None, 1)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    segment = Segment.attach(name)
+    recover(segment, rebuild=True)
+    segment.close()
+
+
 def prepare(one: Instance) -> list[int]:
     """Blocks of a leader that lives on: held, so that nothing may take them away."""
     table = one.leader(engine_key=5)
@@ -112,7 +160,7 @@ def prepare(one: Instance) -> list[int]:
     return refs
 
 
-def visit(n: int) -> bool:
+def visit(n: int, run: Callable[[str], None]) -> bool:
     """Crash at store `n` and check what is left; False if the scenario came to its end."""
     one = instance(host_slots=SLOTS)
     try:
@@ -122,7 +170,7 @@ def visit(n: int) -> bool:
             status = 1
             try:
                 debug_word("kv_crash_countdown").value = n
-                scenario(one.name)
+                run(one.name)
                 status = 0
             finally:
                 if status:
@@ -140,17 +188,28 @@ def visit(n: int) -> bool:
             assert block.holders == frozenset({0}), f"store {n}: {block}"
         for index, block in enumerate(blocks):
             assert block.holders <= {0}, f"store {n}: block {index} is held by the dead: {block}"
+            assert block.state != PARTIAL, f"store {n}: block {index} is half done: {block}"
         return code == CRASHED
     finally:
         one.remove()
 
 
-def main() -> None:
-    """Visit all crash points."""
+def sweep(run: Callable[[str], None]) -> int:
+    """Visit all crash points of a scenario; how many there are."""
     n = 0
-    while visit(n + 1):
+    while visit(n + 1, run):
         n += 1
-    print(json.dumps({"crash_points": n}))
+    return n
+
+
+def main() -> None:
+    """Visit all crash points of all scenarios."""
+    found = {
+        "crash_points": sweep(scenario),
+        "on disk": sweep(on_disk),
+        "in recovery": sweep(recovering),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

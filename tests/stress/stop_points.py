@@ -19,7 +19,12 @@ import signal
 import traceback
 from collections.abc import Callable
 
-from tests.stress.crash_points import SURVIVOR, debug_word, scenario  # first: loads globally
+from tests.stress.crash_points import (  # first: loads globally
+    SURVIVOR,
+    debug_word,
+    recovering,
+    scenario,
+)
 
 # isort: split
 from kvbm._fast.control import census, evict_subtrees
@@ -89,24 +94,6 @@ def store(table: OperationTable, hashes: list[bytes], may_store: bool) -> None:
     if ref is not None:
         table.unpin(ref)
     assert evict_subtrees(table, refs[:1]) == len(refs)
-
-
-def recovering(name: str) -> None:
-    """A process that recovers what another one, which died, has held."""
-    pid = os.fork()
-    if pid == 0:
-        debug_word("kv_crash_countdown").value = 0
-        dead = Segment.attach(name)
-        claim_leader(dead, os.getpid())
-        table = OperationTable(dead)
-        refs = [ref for ref, _ in table.reserve(Keys(digests(3, "dead")), 0, 3)]
-        table.publish(refs[:1])
-        table.store(Keys(digests(2, "dead too")), 0, 2, [0, 1], None, 1)
-        os._exit(0)
-    os.waitpid(pid, 0)
-    segment = Segment.attach(name)
-    recover(segment, rebuild=True)
-    segment.close()
 
 
 def storing(name: str) -> None:
