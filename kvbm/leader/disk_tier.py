@@ -424,6 +424,11 @@ class DiskTier:
             self.disk.unpin(ref)
         refs.clear()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to disk or from it, or waits for that."""
+        return not (self._candidates or self._spills or self._fetches)
+
     # ---- the whole -------------------------------------------------------------------------------
     def _same_epoch(self) -> None:
         """Both tables under the later key epoch: an engine may have died between two resets."""

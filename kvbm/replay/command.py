@@ -5,6 +5,7 @@
 
     python -m kvbm.replay run TRACE --capacity 1000,3000,10000
     python -m kvbm.replay run TRACE --capacity 1k,10k,100k --token-bytes 131072 --plot hits.svg
+    python -m kvbm.replay run TRACE --capacity 10k --disk 100k
     python -m kvbm.replay run TRACE --capacity 10k --json
     python -m kvbm.replay make FILE --requests 5000 --seed 1
 """
@@ -15,13 +16,14 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from kvbm.errors import ConfigError, KvbmError
 from kvbm.replay import synthetic, trace
-from kvbm.replay.manager import CAPACITY_MAX, Pace, replay
+from kvbm.replay.disk import replay_with_disk
+from kvbm.replay.manager import CAPACITY_MAX, Outcome, Pace, replay
 from kvbm.replay.policies import POLICIES
 
 UNITS = {"k": 1_000, "m": 1_000_000}
@@ -43,6 +45,14 @@ def capacities(text: str) -> list[int]:
             )
         sizes.add(size)
     return sorted(sizes)
+
+
+def _blocks(text: str) -> int:
+    """Read one size in blocks."""
+    sizes = capacities(text)
+    if len(sizes) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one number of blocks")
+    return sizes[0]
 
 
 def _positive(text: str) -> int:
@@ -76,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BLOCKS,...",
         help="sizes of the host tier in blocks of the trace: 3000 or 10k or 1m",
     )
+    run.add_argument(
+        "--disk", type=_blocks, metavar="BLOCKS", help="size of a disk tier below each of them"
+    )
+    run.add_argument(
+        "--no-disk-filter",
+        action="store_true",
+        help="write a block to disk the first time it is seen, not the second",
+    )
     run.add_argument("--prefill-tokens-s", type=_not_negative, default=0.0, metavar="N")
     run.add_argument(
         "--decode-ms",
@@ -104,6 +122,25 @@ def _need_libraries() -> None:
         raise ConfigError(f"{' and '.join(missing)} is missing: pip install kvbm[replay]")
 
 
+def _replayed(
+    arguments: argparse.Namespace,
+    requests: trace.Trace,
+    capacity: int,
+    progress: Callable[[int], None],
+) -> Outcome:
+    pace = Pace(arguments.prefill_tokens_s, arguments.decode_ms)
+    if arguments.disk is None:
+        return replay(requests, capacity, pace, progress)
+    return replay_with_disk(
+        requests,
+        capacity,
+        arguments.disk,
+        filtered=not arguments.no_disk_filter,
+        pace=pace,
+        progress=progress,
+    )
+
+
 def _run(arguments: argparse.Namespace) -> None:
     _need_libraries()
     from rich.console import Console
@@ -112,12 +149,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from kvbm.replay import report
 
     requests = trace.read(arguments.trace)
-    pace = Pace(arguments.prefill_tokens_s, arguments.decode_ms)
     comparisons = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for capacity in arguments.capacity:
             task = progress.add_task(f"{capacity:,} blocks", total=requests.references)
-            outcome = replay(requests, capacity, pace, partial(progress.advance, task))
+            outcome = _replayed(arguments, requests, capacity, partial(progress.advance, task))
             others = {} if arguments.alone else POLICIES
             hits = {name: policy(requests, capacity) for name, policy in others.items()}
             comparisons.append(report.Comparison(outcome, hits))

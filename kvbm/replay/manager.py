@@ -55,6 +55,26 @@ class Pace(NamedTuple):
         return prefill + request.output_tokens * self.decode_ms / 1000
 
 
+class DiskOutcome(NamedTuple):
+    """What became of the disk tier.
+
+    Attributes
+    ----------
+    capacity : int
+        Its blocks.
+    hits : int
+        Blocks that a request did not find in the host tier and did find on disk.
+    written, read, evicted : int
+        Blocks that moved to it and from it, and those that made room for others.
+    """
+
+    capacity: int
+    hits: int
+    written: int
+    read: int
+    evicted: int
+
+
 class Outcome(NamedTuple):
     """What became of a trace.
 
@@ -63,7 +83,7 @@ class Outcome(NamedTuple):
     capacity : int
         Blocks of the host tier.
     references, hits : int
-        Blocks asked for, and those of them found as part of a request's leading run.
+        Blocks asked for, and those of them found as part of a request's leading run, in any tier.
     stored, evicted, skipped : int
         Blocks stored, evicted to make room, and not stored because all others were in use.
     cpu_seconds : float
@@ -72,6 +92,8 @@ class Outcome(NamedTuple):
         Hash of every decision: what each request hit and which record each of its blocks got.
     latency_us : dict of str to ndarray
         For each of `CALLS`, the microseconds of every call, float64[calls].
+    disk : DiskOutcome or None
+        What became of the disk tier, whose hits are among `hits`.
     """
 
     capacity: int
@@ -83,11 +105,17 @@ class Outcome(NamedTuple):
     cpu_seconds: float
     decisions: str
     latency_us: dict[str, np.ndarray]
+    disk: DiskOutcome | None = None
 
     @property
     def hit_rate(self) -> float:
         """Share of the references that were hits, 0 to 1."""
         return self.hits / self.references if self.references else 0.0
+
+    @property
+    def host_hits(self) -> int:
+        """Hits that were in the host tier."""
+        return self.hits - (0 if self.disk is None else self.disk.hits)
 
     @property
     def references_s(self) -> float:
@@ -96,8 +124,8 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def _table(capacity: int, block_tokens: int) -> Iterator[BlockTable]:
-    """Make a block table in a segment that has no name any more, so that nothing can be left."""
+def private_segment(capacity: int, block_tokens: int) -> Iterator[Segment]:
+    """Make a segment that has no name any more, so that nothing can be left, and lead it."""
     name = f"/kvbm-replay-{os.getpid()}-{next(_runs)}"
     shape = shape_for(capacity, 0, 1, block_tokens, True)
     segment = Segment.create(name, shape, bytes(32), b"{}")
@@ -105,13 +133,13 @@ def _table(capacity: int, block_tokens: int) -> Iterator[BlockTable]:
     try:
         segment.set_ready_slots(0, capacity)
         claim_leader(segment, 1)
-        yield BlockTable(segment)
+        yield segment
     finally:
         segment.close()
 
 
-class _Run:
-    """The state of one replay."""
+class Run:
+    """The state of one replay with a host tier alone."""
 
     def __init__(self, table: BlockTable, trace: Trace) -> None:
         self.table = table
@@ -144,7 +172,7 @@ class _Run:
         keys = Keys([digest[block] for block in chain(request.blocks, request.generated)])
         blocks = len(request.blocks)
         t0 = clock()
-        hits, deepest = table.match(keys, 0, blocks)
+        hits, deepest = self.match(keys, blocks)
         t1 = clock()
         reserved = table.reserve(keys, hits, len(keys), deepest)
         t2 = clock()
@@ -159,6 +187,10 @@ class _Run:
         self.decisions.update(array("Q", [hits, *refs]))
         held = refs if deepest is None else [deepest, *refs]
         heapq.heappush(self.running, (ends_s, number, held))
+
+    def match(self, keys: Keys, blocks: int) -> tuple[int, int | None]:
+        """Find what is cached of a prompt; the deepest block is held."""
+        return self.table.match(keys, 0, blocks)
 
 
 def replay(
@@ -180,21 +212,36 @@ def replay(
     progress : callable, optional
         Called with the number of references done since the last call.
     """
-    if not 1 <= capacity <= CAPACITY_MAX:
-        raise ValueError(f"capacity {capacity}: 1 to {CAPACITY_MAX} blocks")
+    check_capacity(capacity)
+    with private_segment(capacity, trace.block_tokens) as segment:
+        return drive(Run(BlockTable(segment), trace), trace, capacity, pace, progress)
+
+
+def check_capacity(blocks: int) -> None:
+    """Refuse a size that no tier can have."""
+    if not 1 <= blocks <= CAPACITY_MAX:
+        raise ValueError(f"capacity {blocks}: 1 to {CAPACITY_MAX} blocks")
+
+
+def drive(
+    run: Run,
+    trace: Trace,
+    capacity: int,
+    pace: Pace | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Let all requests of a trace arrive and end, in the order of their times."""
     pace = pace or Pace()
-    with _table(capacity, trace.block_tokens) as table:
-        run = _Run(table, trace)
-        began = time.thread_time()
-        for number, request in enumerate(trace.requests):
-            now_s = request.timestamp_ms / 1000
-            run.end_requests(now_s)
-            run.request(number, request, now_s + pace.seconds(request))
-            if progress is not None:
-                progress(len(request.blocks))
-        run.end_requests(float("inf"))
-        cpu_seconds = time.thread_time() - began
-        counters = table.segment.counters()
+    began = time.thread_time()
+    for number, request in enumerate(trace.requests):
+        now_s = request.timestamp_ms / 1000
+        run.end_requests(now_s)
+        run.request(number, request, now_s + pace.seconds(request))
+        if progress is not None:
+            progress(len(request.blocks))
+    run.end_requests(float("inf"))
+    cpu_seconds = time.thread_time() - began
+    counters = run.table.segment.counters()
     latency_us = {
         call: np.frombuffer(ns, dtype=np.int64) / 1000 for call, ns in run.latency_ns.items()
     }

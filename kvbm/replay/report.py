@@ -49,7 +49,9 @@ def _entry(comparison: Comparison) -> dict[str, Any]:
     return {
         "blocks": outcome.capacity,
         "hit_rate": outcome.hit_rate,
-        "hits_by_tier": {"host": outcome.hits},
+        "hits_by_tier": {"host": outcome.host_hits}
+        | ({} if outcome.disk is None else {"disk": outcome.disk.hits}),
+        "disk": None if outcome.disk is None else outcome.disk._asdict(),
         "hit_rate_of": {
             name: hits / outcome.references for name, hits in comparison.others.items()
         },
@@ -60,6 +62,29 @@ def _entry(comparison: Comparison) -> dict[str, Any]:
         "latency_us": latencies(outcome),
         "decisions": outcome.decisions,
     }
+
+
+def _tiers(comparisons: list[Comparison], block_bytes: int | None) -> Table:
+    """What each tier hit, and what moved between them."""
+    table = Table(title="tiers (hits in % of the references)")
+    moved = "blocks" if block_bytes is None else "GB"
+    for column in ("host", "disk", "host hits", "disk hits", f"written, {moved}", f"read, {moved}"):
+        table.add_column(column, justify="right")
+    for outcome, _ in comparisons:
+        assert outcome.disk is not None
+        disk, whole = outcome.disk, max(1, outcome.references)
+        amounts = [
+            f"{count:,}" if block_bytes is None else f"{count * block_bytes / 1e9:,.1f}"
+            for count in (disk.written, disk.read)
+        ]
+        table.add_row(
+            f"{outcome.capacity:,}",
+            f"{disk.capacity:,}",
+            f"{100 * outcome.host_hits / whole:.1f}",
+            f"{100 * disk.hits / whole:.1f}",
+            *amounts,
+        )
+    return table
 
 
 def show(
@@ -99,6 +124,8 @@ def show(
             f"{outcome.references_s:,.0f}",
         )
     console.print(rates)
+    if comparisons[0].outcome.disk is not None:
+        console.print(_tiers(comparisons, block_bytes))
     calls = Table(title="microseconds a call")
     for column in ("blocks", "call", *(f"P{p:g}" for p in PERCENTILES)):
         calls.add_column(column, justify="right")

@@ -40,6 +40,27 @@ def test_run_prints_json_with_every_policy(made: Path, capsys: pytest.CaptureFix
     assert found["trace"]["references"] == read(made).references
 
 
+def test_run_with_a_disk_tier_says_what_each_tier_hit(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(made), "--capacity", "50", "--disk", "1k", "--alone"]
+    assert main([*arguments, "--json"]) == 0
+    filtered = json.loads(capsys.readouterr().out)["capacities"][0]
+    assert main([*arguments, "--no-disk-filter", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["capacities"]
+    assert found["hits_by_tier"]["disk"] > filtered["hits_by_tier"]["disk"]
+    assert found["disk"]["capacity"] == 1000
+    assert found["disk"]["written"] > filtered["disk"]["written"]
+    assert main(arguments) == 0
+    assert "disk hits" in capsys.readouterr().out
+
+
+def test_the_size_of_a_disk_is_one_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "trace", "--capacity", "1k", "--disk", "1k,2k"])
+    assert "is not one number of blocks" in capsys.readouterr().err
+
+
 def test_run_prints_tables_and_draws_a_picture(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
