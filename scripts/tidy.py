@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 
 from scripts.tidy_functions import functions
 from scripts.tidy_tests import tests_assert_something, tests_mirror_sources
+from scripts.tidy_waits import unbounded_waits
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE_LINES_MAX = 500
@@ -237,6 +238,12 @@ def assertions(source: Source) -> Iterator[str]:
         yield from tests_assert_something(source.path, source.text)
 
 
+def waits(source: Source) -> Iterator[str]:
+    """Nothing waits for what may never come."""
+    if source.path.startswith("kvbm/") and source.path.endswith((".py", ".pyx")):
+        yield from unbounded_waits(source.path, source.text)
+
+
 FILE_RULES: tuple[FileRule, ...] = (
     licence_line,
     file_length,
@@ -251,6 +258,7 @@ FILE_RULES: tuple[FileRule, ...] = (
     fast_imports_only_fast,
     optional_imports,
     assertions,
+    waits,
 )
 TREE_RULES: tuple[TreeRule, ...] = (stubs_exist, mirrors)
 

@@ -75,6 +75,7 @@ BREACHES = {
         ("tests/test_x.py", "def test_a():\n    f()"),
         ("tests/test_x.py", "class TestA:\n    async def test_a(self):\n        x = unchecked(1)"),
     ],
+    tidy.waits: [("kvbm/x.py", "thread.join()\n"), ("kvbm/_fast/x.pyx", "    usleep(20)\n")],
     tidy.stubs_exist: [("kvbm/_fast/x.pyx", "")],
     tidy.mirrors: [
         ("tests/test_nothing.py", ""),
@@ -115,6 +116,7 @@ KEPT = {
         ),
         ("tests/test_x.py", "def test_a():\n    for x in y:\n        assert x\ndef helper(): f()"),
     ],
+    tidy.waits: [("kvbm/x.py", "thread.join(timeout=1)\n"), ("tests/x.py", "thread.join()\n")],
     tidy.url_hosts: [("README.md", "http://127.0.0.1:8000/x https://github.com/x")],
     tidy.machine_paths: [("README.md", "ls /dev/shm $HOME/work/ path/work/ /workspace/x")],
 }
