@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+import kvbm.shared
+from kvbm.errors import FingerprintMismatch
 from kvbm.fingerprint import Fingerprint, differences
+from kvbm.instance import remove
+from kvbm.vllm_integration.connector import DynamoConnector
 from kvbm.vllm_integration.engine import fingerprint_values
-from tests.vllm_integration.connected import BLOCK, configuration
+from tests.vllm_integration.connected import (
+    BLOCK,
+    Connected,
+    cache_configuration,
+    configuration,
+)
 
 pytestmark = pytest.mark.slow  # importing vLLM takes many seconds
 
@@ -77,3 +88,27 @@ def test_every_value_has_its_case() -> None:
 
 def test_equal_configurations_are_one_fingerprint() -> None:
     assert Fingerprint(values()).digest == Fingerprint(values()).digest
+
+
+def test_a_connector_refuses_what_another_one_holds_for_each_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kvbm.shared, "USER_SECS", 0.01)  # how long one that is in use is waited for
+    name = f"fingerprint-{os.getpid()}"
+    first = Connected(instance=name)
+    try:
+        for changed, change in CHANGES.items():
+            if changed.endswith("_parallel"):
+                continue  # other ranks: their workers are waited for first
+            config = configuration(instance=name)
+            change(config)
+            with pytest.raises(FingerprintMismatch, match=f" {changed}=") as caught:
+                DynamoConnector(config, KVConnectorRole.SCHEDULER, cache_configuration())
+            assert "\n" not in str(caught.value)
+        same = DynamoConnector(
+            configuration(instance=name), KVConnectorRole.SCHEDULER, cache_configuration()
+        )
+        same.shutdown()
+    finally:
+        first.close()
+        remove(name)
