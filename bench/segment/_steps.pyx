@@ -20,7 +20,7 @@ from kvbm._fast.blocks cimport (
 from kvbm._fast.eviction cimport evictor_take
 from kvbm._fast.index cimport index_find
 from kvbm._fast.keys cimport Keys
-from kvbm._fast.layout cimport KV_NONE, KV_POOL_BLOCKS, KV_POOL_HOST
+from kvbm._fast.layout cimport KV_C_EVICTED_CAPACITY, KV_NONE, KV_POOL_BLOCKS, KV_POOL_HOST
 from kvbm._fast.pool cimport pool_give_back
 from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
 
@@ -71,7 +71,7 @@ cdef class Steps:
             raise RuntimeError("a recovery is under way")
         last = monotonic_ns()
         for i in range(spent.shape[0]):
-            if not evictor_take(t.view, &t.evictor, &block, &slot):
+            if not evictor_take(t.view, &t.evictor, KV_C_EVICTED_CAPACITY, &block, &slot):
                 structure_exit(t.view)
                 raise RuntimeError("nothing can be evicted")
             pool_give_back(t.view, KV_POOL_BLOCKS, block)

@@ -23,6 +23,7 @@ cdef bint structure_enter(kv_view *view) noexcept nogil
 cdef void structure_exit(kv_view *view) noexcept nogil
 cdef bint block_pin(kv_view *view, uint32_t block, uint64_t lo, uint64_t hi) noexcept nogil
 cdef void block_unpin(kv_view *view, uint32_t block, uint64_t tick) noexcept nogil
+cdef void block_used(kv_view *view, uint32_t block) noexcept nogil
 cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Reservation *what,
                         uint32_t *generation) noexcept nogil
 cdef PublishResult block_publish(kv_view *view, uint32_t block, uint32_t generation,

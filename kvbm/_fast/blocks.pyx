@@ -10,6 +10,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvbm._fast.atomics cimport (
+    kv_au32,
     kv_u32_load_relaxed,
     kv_u32_load_seq_cst,
     kv_u32_store_release,
@@ -129,6 +130,16 @@ cdef void block_unpin(kv_view *view, uint32_t block, uint64_t tick) noexcept nog
     clear_holder(view, block)
 
 
+cdef void block_used(kv_view *view, uint32_t block) noexcept nogil:
+    """A match has ended at a block that this leader holds.
+
+    No read-modify-write, which would wait for a cache line that is rarely near: two leaders at once
+    may count as one.
+    """
+    cdef kv_au32 *uses = &view.cold[block].uses
+    kv_u32_store_relaxed(uses, kv_u32_load_relaxed(uses) + 1)
+
+
 cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Reservation *what,
                         uint32_t *generation) noexcept nogil:
     """RESET -> PARTIAL: this leader will fill `block`, whose bytes go to `slot`.
@@ -156,6 +167,7 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
     kv_u64_store_relaxed(&cold.sequence_hash, what.sequence_hash)
     kv_u32_store_relaxed(&cold.position, what.position)
     kv_u32_store_relaxed(&cold.group, what.group)
+    kv_u32_store_relaxed(&cold.uses, 0)
     if not kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
             KV_PARTIAL, <uint32_t>1 << view.leader, 0, generation[0])):
         return False

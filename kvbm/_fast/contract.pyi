@@ -28,6 +28,7 @@ OPERATION_STATES: dict[int, str]
 OPERATION_KINDS: dict[int, str]
 RANK_STATES: dict[int, str]
 ROLES: dict[int, str]
+LATENCIES: dict[int, str]
 TIERS: dict[int, str]
 POOLS: dict[int, str]
 MAGIC: int
@@ -40,6 +41,7 @@ LINES: int
 OPERATIONS_PER_LEADER: int
 ROWS: int
 BUCKET_ENTRIES: int
+LATENCY_BOUNDS_NS: tuple[int, ...]
 RECOVERY_LOCK_OFFSET: int
 
 def line_lock_offset(line: int) -> int: ...

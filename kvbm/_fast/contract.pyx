@@ -16,6 +16,11 @@ from kvbm._fast.layout cimport (
     KV_FETCH,
     KV_FILLING,
     KV_FORMAT_VERSION,
+    KV_HISTOGRAMS,
+    KV_LATENCY_BUCKETS,
+    KV_LATENCY_COPY,
+    KV_LATENCY_FIRST_NS,
+    KV_LATENCY_TOTAL,
     KV_LAYOUT_CHECK,
     KV_LEADERS,
     KV_LOAD,
@@ -93,6 +98,7 @@ cdef extern from *:
         KV_FIELD(kv_participant, disk_slots),
         KV_FIELD(kv_participant, attached),
         KV_FIELDS(kv_counters, value),
+        KV_FIELDS(kv_histogram, bucket), KV_FIELD(kv_histogram, sum_ns),
         KV_FIELD(kv_ring, head), KV_FIELD(kv_ring, doorbell), KV_FIELD(kv_ring, tail),
         KV_FIELDS(kv_ring, entry),
         KV_FIELD(kv_operation, word), KV_FIELD(kv_operation, kind),
@@ -109,11 +115,13 @@ cdef extern from *:
         KV_FIELD(kv_block, parent_generation), KV_FIELDS(kv_block, placement),
         KV_FIELD(kv_block_cold, sequence_hash), KV_FIELD(kv_block_cold, position),
         KV_FIELD(kv_block_cold, group), KV_FIELD(kv_block_cold, registered_ns),
+        KV_FIELD(kv_block_cold, uses),
     };
     enum { KV_FIELD_COUNT = sizeof(kv_field_table) / sizeof(kv_field_table[0]) };
     static const struct { const char *record; uint32_t size; } kv_size_table[] = {
         {"kv_header", sizeof(kv_header)}, {"kv_participant", sizeof(kv_participant)},
-        {"kv_counters", sizeof(kv_counters)}, {"kv_ring", sizeof(kv_ring)},
+        {"kv_counters", sizeof(kv_counters)}, {"kv_histogram", sizeof(kv_histogram)},
+        {"kv_ring", sizeof(kv_ring)},
         {"kv_operation", sizeof(kv_operation)}, {"kv_row", sizeof(kv_row)},
         {"kv_bucket", sizeof(kv_bucket)}, {"kv_block", sizeof(kv_block)},
         {"kv_block_cold", sizeof(kv_block_cold)},
@@ -215,6 +223,7 @@ OPERATION_KINDS = {KV_STORE: "store", KV_LOAD: "load", KV_SPILL: "spill", KV_FET
 RANK_STATES = {KV_RANK_PENDING: "pending", KV_RANK_RUNNING: "running", KV_RANK_DONE: "done",
                KV_RANK_FAILED: "failed"}
 ROLES = {KV_ROLE_LEADER: "leader", KV_ROLE_WORKER: "worker"}
+LATENCIES = {KV_LATENCY_TOTAL: "total", KV_LATENCY_COPY: "copy"}
 TIERS = {KV_TIER_HOST: "host", KV_TIER_DISK: "disk"}
 POOLS = {KV_POOL_BLOCKS: "blocks", KV_POOL_HOST: "host", KV_POOL_DISK: "disk"}
 
@@ -228,6 +237,8 @@ LINES = KV_PARTICIPANTS
 OPERATIONS_PER_LEADER = KV_OPERATIONS_PER_LEADER
 ROWS = KV_ROWS
 BUCKET_ENTRIES = KV_BUCKET_ENTRIES
+# Upper bounds of the buckets of a histogram; above all of them there is one more.
+LATENCY_BOUNDS_NS = tuple(KV_LATENCY_FIRST_NS << i for i in range(KV_LATENCY_BUCKETS - 1))
 RECOVERY_LOCK_OFFSET = recovery_lock()
 
 
@@ -272,6 +283,8 @@ cdef dict _sections(const kv_shape *c):
         "header": Section(0, 1, "kv_header"),
         "participants": Section(<uint64_t>view.participants, KV_PARTICIPANTS, "kv_participant"),
         "counters": Section(<uint64_t>view.counters, KV_PARTICIPANTS, "kv_counters"),
+        "histograms": Section(<uint64_t>view.histograms, KV_LEADERS * c.ranks * KV_HISTOGRAMS,
+                              "kv_histogram"),
         "rings": Section(<uint64_t>view.rings, KV_LEADERS * c.ranks, "kv_ring"),
         "operations": Section(<uint64_t>view.operations, KV_LEADERS * KV_OPERATIONS_PER_LEADER,
                               "kv_operation"),

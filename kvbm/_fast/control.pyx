@@ -21,8 +21,8 @@ from kvbm._fast.blocks cimport block_evict, structure_enter, structure_exit
 from kvbm._fast.index cimport INSERTED, index_delete, index_insert
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
-    KV_C_CLEARED,
     KV_C_EVICTED,
+    KV_C_EVICTED_CLEARED,
     KV_C_INDEX_FULL,
     KV_EMPTY,
     KV_HOLDERS_MASK,
@@ -258,7 +258,7 @@ cdef uint32_t evict_one(kv_view *view, uint32_t block, int *evicted) noexcept no
         if slot != KV_NONE:
             pool_give_back(view, KV_POOL_HOST, slot)
         kv_count(view, KV_C_EVICTED, 1)
-        kv_count(view, KV_C_CLEARED, 1)
+        kv_count(view, KV_C_EVICTED_CLEARED, 1)
         evicted[0] += 1
     structure_exit(view)
     return parent

@@ -56,6 +56,7 @@ from kvbm._fast.slab cimport (
     slab_empty_header,
     slab_write_header,
 )
+from kvbm._fast.timing cimport begin_cpu, count_cpu
 
 
 cdef enum:
@@ -235,6 +236,7 @@ cdef class DiskBackend(CopyBackend):
     cdef void serve_jobs(self) noexcept nogil:
         cdef Workspace space
         space.bounce = NULL
+        begin_cpu()
         pthread_mutex_lock(&self.lock)
         self.threads += 1
         while not self.stopping:
@@ -279,6 +281,7 @@ cdef class DiskBackend(CopyBackend):
             job.running += 1
             pthread_mutex_unlock(&self.lock)
             problem = self.move_row(job, row, space)
+            count_cpu(self.view)
             pthread_mutex_lock(&self.lock)
             job.running -= 1
             if problem != DISK_FINE:

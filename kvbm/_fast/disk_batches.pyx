@@ -26,6 +26,7 @@ from kvbm._fast.disk_rows cimport (
     spill_before,
     workspace_free,
 )
+from kvbm._fast.timing cimport count_cpu
 
 import numpy as np
 
@@ -70,6 +71,7 @@ cdef class DiskBatches(DiskBackend):
         cdef int problem
         with nogil:
             problem = self.rows_after(job, whole, &row)
+            count_cpu(self.view)
             pthread_mutex_lock(&self.lock)
             job.running = 0
             if problem != DISK_FINE:
@@ -121,6 +123,7 @@ cdef class DiskBatches(DiskBackend):
         cdef Job *found = NULL
         cdef uint32_t row = 0
         cdef int problem
+        count_cpu(self.view)
         pthread_mutex_lock(&self.lock)
         self.threads += 1
         while found == NULL and not self.stopping:

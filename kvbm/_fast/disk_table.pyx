@@ -31,6 +31,7 @@ from kvbm._fast.index cimport index_find
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
     KV_C_EVICTED,
+    KV_C_EVICTED_UNREADABLE,
     KV_HOLDERS_MASK,
     KV_NONE,
     KV_POOL_BLOCKS,
@@ -201,6 +202,7 @@ cdef class DiskTable(BlockTable):
                         or not block_evict(self.view, block, word, &slot, &parent)):
                     return False, None
                 kv_count(self.view, KV_C_EVICTED, 1)
+                kv_count(self.view, KV_C_EVICTED_UNREADABLE, 1)
                 if i != at:
                     self.give_back(block, slot)
             if end == at or slot == KV_NONE:

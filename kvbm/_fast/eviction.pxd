@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvbm._fast.layout cimport kv_view
+from kvbm._fast.layout cimport kv_counter, kv_view
 
 cdef enum:
     SWEEP_STEP_SMALL = 16          # blocks looked at a call, at least, in a small table
@@ -36,5 +36,5 @@ cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil
 cdef void evictor_free(Evictor *e) noexcept nogil
 cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil
 cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nogil
-cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
+cdef bint evictor_take(kv_view *view, Evictor *e, kv_counter reason, uint32_t *block,
                        uint32_t *host_slot) noexcept nogil

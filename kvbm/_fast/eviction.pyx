@@ -41,6 +41,7 @@ from kvbm._fast.layout cimport (
     KV_REGISTERED,
     kv_block,
     kv_count,
+    kv_counter,
     kv_recency_tick,
     kv_view,
     kv_word_children,
@@ -246,9 +247,9 @@ cdef inline void foresee(kv_view *view, uint32_t block) noexcept nogil:
         kv_prefetch(&view.blocks[grandparent - 1])
 
 
-cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
+cdef bint evictor_take(kv_view *view, Evictor *e, kv_counter reason, uint32_t *block,
                        uint32_t *host_slot) noexcept nogil:
-    """Evict the next victim.
+    """Evict the next victim, and count it under its reason too.
 
     Its record and host slot now belong to the caller. False: nothing is evictable.
     """
@@ -269,6 +270,7 @@ cdef bint evictor_take(kv_view *view, Evictor *e, uint32_t *block,
         foresee(view, c.block)
         if block_evict(view, c.block, word, host_slot, &parent):
             kv_count(view, KV_C_EVICTED, 1)
+            kv_count(view, reason, 1)
             e.taken += 1
             if parent != KV_NONE:
                 evictor_offer(view, e, parent)

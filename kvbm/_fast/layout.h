@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The contract of the shared segment. No other file computes an offset or knows a bit position.
+ * The contract of the shared segment. No other file computes an offset or knows a bit position, but
+ * for counters.h, the records of what is counted.
  *
  *   offset 0      +--------------------------------------+
  *                 | kv_header          one page          |  identity, sizes, hot words on own lines
  *                 +--------------------------------------+
  *                 | kv_participant[KV_PARTICIPANTS]      |  who is attached; a line pair a process
  *                 | kv_counters[KV_PARTICIPANTS]         |  each process adds to its own line
+ *                 | kv_histogram[KV_LEADERS][ranks][8]   |  each worker adds to its own ones
  *                 | kv_ring[KV_LEADERS][ranks]           |  leader -> worker: operations to run
  *                 | kv_operation[KV_LEADERS][KV_OPERATIONS_PER_LEADER]
  *                 | pool bitmaps: blocks, host, disk     |  a set bit is a free record or slot
@@ -112,9 +114,10 @@
 #include <string.h>
 
 #include "atomics.h"
+#include "counters.h"
 
 #define KV_MAGIC 0x314d42564b304730ull /* written last, with release, by the creator */
-#define KV_FORMAT_VERSION 4u
+#define KV_FORMAT_VERSION 5u
 
 enum {
     KV_PAGE = 4096,
@@ -125,7 +128,6 @@ enum {
     KV_OPERATIONS_PER_LEADER = 128,
     KV_ROWS = 128,                                        /* blocks in one operation */
     KV_BUCKET_ENTRIES = 8,
-    KV_COUNTERS = 32,
     KV_DESCRIPTION_BYTES = 2048,
     KV_FINGERPRINT_BYTES = 32
 };
@@ -203,7 +205,9 @@ typedef struct kv_block_cold {
     kv_au32 position;             /* depth in blocks from the root */
     kv_au32 group;                /* KV-cache group */
     kv_au64 registered_ns;        /* CLOCK_MONOTONIC at publish */
-    uint64_t reserved;            /* zero */
+    kv_au32 uses;                 /* matches that ended here; W: owner while RESET, leaders that
+                                     hold it. Two at once may count as one: a number to look at */
+    uint32_t reserved;            /* zero */
 } kv_block_cold;
 
 /* ---- index ----------------------------------------------------------------------------------- */
@@ -335,20 +339,6 @@ typedef struct kv_participant {
     uint8_t pad[128 - 56];
 } kv_participant;
 
-typedef enum {
-    KV_C_LOOKUPS, KV_C_LOOKUP_BLOCKS, KV_C_MATCHED_BLOCKS, KV_C_RESERVED, KV_C_PUBLISHED,
-    KV_C_EVICTED, KV_C_ABANDONED, KV_C_DEDUPLICATED, KV_C_STORES, KV_C_LOADS, KV_C_STORES_FAILED,
-    KV_C_LOADS_FAILED, KV_C_BLOCKS_STORED, KV_C_BLOCKS_LOADED, KV_C_BYTES_STORED,
-    KV_C_BYTES_LOADED, KV_C_STORE_NS, KV_C_LOAD_NS, KV_C_SKIPPED_NO_SLOT,
-    KV_C_SKIPPED_NO_OPERATION, KV_C_DECLINED, KV_C_INDEX_FULL, KV_C_STALE_ENTRIES,
-    KV_C_CHECK_FAILURES, KV_C_RECOVERIES, KV_C_MATCHED_TOKENS, KV_C_ERRORS, KV_C_RESETS,
-    KV_C_LOOKUP_PROBES, KV_C_STORES_CANCELLED, KV_C_LOADS_CANCELLED, KV_C_CLEARED, KV_C_COUNT
-} kv_counter;
-
-/* W: the line's owner; relaxed. Never set back: a line goes on with what its owners before counted,
- * so that the sum over all lines is that of the segment's life. */
-typedef struct kv_counters { kv_au64 value[KV_COUNTERS]; } kv_counters;
-
 /* ---- shape and header ------------------------------------------------------------------------ */
 typedef struct kv_shape {
     uint32_t block_capacity, host_slots, disk_slots, ranks;
@@ -385,19 +375,17 @@ _Static_assert(sizeof(kv_operation) == 3 * KV_LINE + KV_ROWS * sizeof(kv_row),
                "operation: three lines and rows");
 _Static_assert(sizeof(kv_ring) == 2 * KV_LINE + 8 * KV_OPERATIONS_PER_LEADER, "ring");
 _Static_assert(sizeof(kv_participant) == 128, "participant: two lines");
-_Static_assert(sizeof(kv_counters) == 256, "counters: four lines");
 _Static_assert(sizeof(kv_shape) == 32 && sizeof(kv_header) == KV_PAGE, "header: one page");
 _Static_assert(offsetof(kv_header, tick) == 2 * KV_LINE, "hot words start on a line");
 _Static_assert(offsetof(kv_header, recovering) == 3 * KV_LINE, "hot words start on a line");
 _Static_assert(offsetof(kv_header, ready_slots) == 4 * KV_LINE, "hot words start on a line");
-_Static_assert((int)KV_C_COUNT <= (int)KV_COUNTERS, "counters fit");
 
 #define KV_LAYOUT_CHECK                                                                            \
     ((uint32_t)(sizeof(kv_header) * 31u + sizeof(kv_participant) * 131u +                          \
                 sizeof(kv_counters) * 137u + sizeof(kv_ring) * 139u +                              \
                 sizeof(kv_operation) * 149u + sizeof(kv_bucket) * 151u +                           \
                 sizeof(kv_block) * 157u + sizeof(kv_block_cold) * 163u +                           \
-                KV_LEADERS * 167u + KV_RANKS * 173u))
+                KV_LEADERS * 167u + KV_RANKS * 173u + sizeof(kv_histogram) * 179u))
 
 /* Checksum of what the creator writes once, of a private copy of the header: one that was scribbled
  * on may describe other sizes with the same total, and is refused. */
@@ -425,6 +413,7 @@ typedef struct kv_view {
     kv_header *header;
     kv_participant *participants;
     kv_counters *counters;
+    kv_histogram *histograms;
     kv_ring *rings;
     kv_operation *operations;
     kv_pool_view pool[KV_POOLS];
@@ -465,6 +454,7 @@ static inline uint64_t kv_view_init(kv_view *view, uint8_t *base, const kv_shape
     at = kv_align(at + (uint64_t)(count) * sizeof(type), KV_PAGE)
     KV_SECTION(participants, kv_participant, KV_PARTICIPANTS);
     KV_SECTION(counters, kv_counters, KV_PARTICIPANTS);
+    KV_SECTION(histograms, kv_histogram, KV_LEADERS * s->ranks * KV_HISTOGRAMS);
     KV_SECTION(rings, kv_ring, KV_LEADERS * s->ranks);
     KV_SECTION(operations, kv_operation, KV_LEADERS * KV_OPERATIONS_PER_LEADER);
     for (int pool = 0; pool < KV_POOLS; pool++) {
@@ -489,6 +479,12 @@ static inline uint32_t kv_worker_line(uint32_t leader, uint32_t rank) {
 }
 static inline kv_ring *kv_ring_of(const kv_view *v, uint32_t leader, uint32_t rank) {
     return &v->rings[(uint64_t)leader * v->shape.ranks + rank];
+}
+/* Histogram of a worker; `kind` is one of kv_operation_kind. */
+static inline kv_histogram *kv_histogram_of(const kv_view *v, uint32_t leader, uint32_t rank,
+                                            uint32_t kind, uint32_t latency) {
+    uint64_t worker = (uint64_t)leader * v->shape.ranks + rank;
+    return &v->histograms[worker * KV_HISTOGRAMS + 2 * (kind - KV_STORE) + latency];
 }
 static inline kv_operation *kv_operation_at(const kv_view *v, uint32_t leader, uint32_t index) {
     return &v->operations[(uint64_t)leader * KV_OPERATIONS_PER_LEADER + index];

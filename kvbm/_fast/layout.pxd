@@ -23,6 +23,12 @@ cdef extern from "layout.h" nogil:
         KV_ROWS
         KV_BUCKET_ENTRIES
         KV_COUNTERS
+        KV_LATENCY_BUCKETS
+        KV_LATENCY_FIRST_NS
+        KV_LATENCY_KINDS
+        KV_HISTOGRAMS
+        KV_LATENCY_TOTAL
+        KV_LATENCY_COPY
         KV_DESCRIPTION_BYTES
         KV_FINGERPRINT_BYTES
         KV_TIER_HOST
@@ -89,7 +95,11 @@ cdef extern from "layout.h" nogil:
         KV_C_LOOKUP_PROBES
         KV_C_STORES_CANCELLED
         KV_C_LOADS_CANCELLED
-        KV_C_CLEARED
+        KV_C_EVICTED_CAPACITY
+        KV_C_EVICTED_CLEARED
+        KV_C_EVICTED_UNREADABLE
+        KV_C_RECOVERED
+        KV_C_CPU_NS
         KV_C_COUNT
 
     uint32_t kv_word_state(uint64_t w) noexcept
@@ -144,6 +154,7 @@ cdef extern from "layout.h" nogil:
         kv_au32 position
         kv_au32 group
         kv_au64 registered_ns
+        kv_au32 uses
 
     ctypedef struct kv_bucket:
         kv_au64 entry[8]
@@ -187,7 +198,11 @@ cdef extern from "layout.h" nogil:
         kv_au32 disk_slots
 
     ctypedef struct kv_counters:
-        kv_au64 value[32]
+        kv_au64 value[48]
+
+    ctypedef struct kv_histogram:
+        kv_au64 bucket[24]
+        kv_au64 sum_ns
 
     ctypedef struct kv_shape:
         uint32_t block_capacity
@@ -225,6 +240,7 @@ cdef extern from "layout.h" nogil:
         kv_header *header
         kv_participant *participants
         kv_counters *counters
+        kv_histogram *histograms
         kv_ring *rings
         kv_operation *operations
         kv_pool_view pool[3]
@@ -243,4 +259,8 @@ cdef extern from "layout.h" nogil:
     uint32_t kv_worker_line(uint32_t leader, uint32_t rank) noexcept
     kv_ring *kv_ring_of(const kv_view *v, uint32_t leader, uint32_t rank) noexcept
     kv_operation *kv_operation_at(const kv_view *v, uint32_t leader, uint32_t index) noexcept
+    kv_histogram *kv_histogram_of(const kv_view *v, uint32_t leader, uint32_t rank, uint32_t kind,
+                                  uint32_t latency) noexcept
+    void kv_histogram_add(kv_histogram *h, uint64_t ns) noexcept
+    uint32_t kv_latency_bucket(uint64_t ns) noexcept
     void kv_count(const kv_view *v, kv_counter counter, uint64_t n) noexcept

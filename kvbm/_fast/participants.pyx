@@ -250,7 +250,7 @@ def engine_counters(Segment segment not None) -> dict[str, int]:
     """
     cdef uint32_t rank
     cdef int i
-    cdef uint64_t total[32]
+    cdef uint64_t total[KV_COUNTERS]
     segment.check_open()
     if segment.view.leader == KV_NONE:
         raise SegmentFault("closed", f"this attachment to {segment.name} has no line")

@@ -117,7 +117,7 @@ cdef bint pool_take_one(kv_view *view, int pool, uint32_t index) noexcept nogil:
 
 
 cdef void pool_give_back(kv_view *view, int pool, uint32_t index) noexcept nogil:
-    """Mark `index` free.
+    """Mark `index` free; KV_NONE and what else is beyond the end is passed over.
 
     The caller is the only one that knows it: it took it, or evicted its block. Only who makes a
     word other than 0 sets its hint, so that leaders which give back neighbours do not fight for

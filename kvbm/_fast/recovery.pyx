@@ -36,6 +36,7 @@ from kvbm._fast.atomics cimport (
 from kvbm._fast.blocks cimport block_leave
 from kvbm._fast.index cimport index_purge
 from kvbm._fast.layout cimport (
+    KV_C_RECOVERED,
     KV_C_RECOVERIES,
     KV_CHILDREN_MAX,
     KV_EMPTY,
@@ -188,10 +189,12 @@ cdef void recover_block(kv_view *view, Recovery *r, uint32_t block) noexcept nog
             if kv_u64_cas_acq_rel(&b.word, &word, kv_word_make(
                     KV_EVICTING, holders, 0, kv_word_generation(word) + 1)):
                 block_leave(view, block, False, &ignored)
+                kv_count(view, KV_C_RECOVERED, 1)
                 return
         elif kv_word_state(word) == KV_EVICTING:
             # Whether the parent was uncounted is unknown: it is recounted.
             block_leave(view, block, False, &ignored)
+            kv_count(view, KV_C_RECOVERED, 1)
             return
         else:
             return

@@ -88,7 +88,8 @@ COUNTER_NAMES = (
     "blocks_loaded", "bytes_stored", "bytes_loaded", "store_ns", "load_ns", "skipped_no_slot",
     "skipped_no_operation", "declined", "index_full", "stale_entries", "check_failures",
     "recoveries", "matched_tokens", "errors", "resets", "lookup_probes", "stores_cancelled",
-    "loads_cancelled", "cleared",
+    "loads_cancelled", "evicted_capacity", "evicted_cleared", "evicted_unreadable", "recovered",
+    "cpu_ns",
 )
 
 cdef int64_t line_lock(uint32_t line) noexcept nogil:
@@ -405,7 +406,7 @@ cdef class Segment:
         """Counters, summed over all participants that ever used a line."""
         cdef uint32_t line
         cdef int i
-        cdef uint64_t total[32]
+        cdef uint64_t total[KV_COUNTERS]
         self.check_open()
         memset(total, 0, sizeof(total))
         for line in range(KV_PARTICIPANTS):

@@ -30,6 +30,7 @@ from kvbm._fast.blocks cimport (
     block_publish,
     block_reserve,
     block_unpin,
+    block_used,
     chain_step,
     monotonic_ns,
     structure_enter,
@@ -46,7 +47,8 @@ from kvbm._fast.index cimport index_find, index_prefetch
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
     KV_C_ABANDONED,
-    KV_C_CLEARED,
+    KV_C_EVICTED_CAPACITY,
+    KV_C_EVICTED_CLEARED,
     KV_C_LOOKUP_BLOCKS,
     KV_C_LOOKUP_PROBES,
     KV_C_LOOKUPS,
@@ -174,6 +176,7 @@ cdef class BlockTable:
                 self.pins[deepest] += 1
                 kv_count(self.view, KV_C_MATCHED_BLOCKS, low - first + 1)
                 word = kv_u64_load_acquire(&self.view.blocks[deepest].word)
+                block_used(self.view, deepest)
                 return low - first + 1, make_ref(deepest, kv_word_generation(word))
             low -= 1
             if low >= first:
@@ -297,7 +300,7 @@ cdef class BlockTable:
                 self.slots.first += 1
                 self.slots.count -= 1
                 return True
-        while evictor_take(self.view, &self.evictor, record, slot):
+        while evictor_take(self.view, &self.evictor, KV_C_EVICTED_CAPACITY, record, slot):
             if slot[0] != KV_NONE:
                 return True
             pool_give_back(self.view, KV_POOL_BLOCKS, record[0])  # it was not in the host tier
@@ -333,8 +336,7 @@ cdef class BlockTable:
         if block_abandon(self.view, block, generation, &slot):
             self.pins[block] = 0
             pool_give_back(self.view, KV_POOL_BLOCKS, block)
-            if slot != KV_NONE:
-                pool_give_back(self.view, KV_POOL_HOST, slot)
+            pool_give_back(self.view, KV_POOL_HOST, slot)
             kv_count(self.view, KV_C_ABANDONED, 1)
 
     def reserve(self, Keys keys not None, start: int, stop: int, parent: int | None = None,
@@ -480,13 +482,11 @@ cdef class BlockTable:
         if not structure_enter(self.view):
             return 0
         self.evictor.found_nothing_ns = 0
-        while evictor_take(self.view, &self.evictor, &block, &slot):
+        while evictor_take(self.view, &self.evictor, KV_C_EVICTED_CLEARED, &block, &slot):
             pool_give_back(self.view, KV_POOL_BLOCKS, block)
-            if slot != KV_NONE:
-                pool_give_back(self.view, KV_POOL_HOST, slot)
+            pool_give_back(self.view, KV_POOL_HOST, slot)
             count += 1
         structure_exit(self.view)
-        kv_count(self.view, KV_C_CLEARED, count)
         return count
 
     def held(self) -> dict[int, int]:

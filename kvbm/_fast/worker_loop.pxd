@@ -61,6 +61,5 @@ cdef class WorkerLoop:
     cdef void finish(self, Flight *flight, int status, uint32_t failed_row) noexcept nogil
     cdef bint rows_are_valid(self, const kv_operation *op, bint with_digests,
                              uint32_t *bad_row) noexcept nogil
-    cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil
     cdef kv_operation *operation_of(self, uint64_t handle, uint64_t *word) except? NULL
     cdef bint engine_follows(self, uint64_t handle, uint64_t stream) noexcept nogil

@@ -55,11 +55,7 @@ from kvbm._fast.backend cimport (
 )
 from kvbm._fast.blocks cimport monotonic_ns
 from kvbm._fast.layout cimport (
-    KV_C_BYTES_LOADED,
-    KV_C_BYTES_STORED,
     KV_C_CHECK_FAILURES,
-    KV_C_LOAD_NS,
-    KV_C_STORE_NS,
     KV_FETCH,
     KV_LEADERS,
     KV_LOAD,
@@ -72,7 +68,6 @@ from kvbm._fast.layout cimport (
     KV_RANKS,
     KV_REGISTERED,
     KV_ROWS,
-    KV_STORE,
     kv_block,
     kv_count,
     kv_entry_handle,
@@ -104,6 +99,7 @@ from kvbm._fast.operations cimport (
     ring_pop,
 )
 from kvbm._fast.segment cimport Segment, line_lock
+from kvbm._fast.timing cimport begin_cpu, count_copy, count_cpu
 
 cdef enum:
     IDLE_WAIT_NS = 100000000   # the loop looks at its stop flag at least ten times a second
@@ -123,6 +119,7 @@ cdef bint copy_claimed(kv_operation *own, const kv_operation *op) noexcept nogil
     own.row_count = op.row_count
     kv_u64_store_relaxed(&own.step, kv_u64_load_relaxed(&op.step))
     own.group = op.group
+    own.submitted_ns = op.submitted_ns
     if own.row_count > KV_ROWS:
         own.row_count = 0
         return False
@@ -163,6 +160,7 @@ cdef class WorkerLoop:
         cdef bint worked, stopping
         self.segment.check_open()
         with nogil:
+            begin_cpu()
             while True:
                 stopping = kv_u32_load_acquire(&self.stopping) != 0
                 # The doorbell is read first: whoever rings after this makes the wait below return
@@ -182,6 +180,8 @@ cdef class WorkerLoop:
                 if not stopping:
                     worked |= self.start_copies(me)
                 if not worked:  # the threads of a disk ring when they are done
+                    if self.copies.busy == 0:
+                        count_cpu(self.view)
                     doorbell_wait(self.view, self.view.leader, self.rank, seen,
                                   POLL_NS if self.copies.busy else IDLE_WAIT_NS)
 
@@ -339,7 +339,9 @@ cdef class WorkerLoop:
         if done and not self.rows_are_valid(&flight.own, False, &bad_row):
             done = False
             failed_row = bad_row
-        self.count_copy(&flight.own, done, flight.began_ns)
+        count_copy(self.view, self.rank, &flight.own, self.backend.bytes_per_block(),
+                   flight.began_ns, done)
+        count_cpu(self.view)
         if not done:
             if not operation_is_cancelled(&flight.context):
                 kv_count(self.view, KV_C_CHECK_FAILURES, 1)
@@ -356,18 +358,6 @@ cdef class WorkerLoop:
         """
         self.left = True
         lock_drop(self.segment.fd, line_lock(self.line))
-
-    cdef void count_copy(self, const kv_operation *op, bint done, uint64_t began) noexcept nogil:
-        if kv_is_disk_kind(kv_u32_load_relaxed(&op.kind)):
-            return  # the leader counts them, in the disk tier's own segment
-        cdef uint64_t moved = op.row_count * self.backend.bytes_per_block() if done else 0
-        cdef uint64_t spent = monotonic_ns() - began
-        if kv_u32_load_relaxed(&op.kind) == KV_STORE:
-            kv_count(self.view, KV_C_BYTES_STORED, moved)
-            kv_count(self.view, KV_C_STORE_NS, spent)
-        else:
-            kv_count(self.view, KV_C_BYTES_LOADED, moved)
-            kv_count(self.view, KV_C_LOAD_NS, spent)
 
     def use_disk(self, CopyBackend disk not None) -> None:
         """From now on, once, this backend copies between host and disk; `run` may be running."""

@@ -65,6 +65,7 @@ class Blocks:
         self.group = padded["group"].astype(np.int64)
         self.sequence_hash: Words = padded["sequence_hash"]
         self.registered_ns = padded["registered_ns"].astype(np.int64)
+        self.uses = padded["uses"].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.records)

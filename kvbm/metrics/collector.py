@@ -24,7 +24,16 @@ from kvbm.inspect.follow import Follower
 from kvbm.inspect.live import LiveSegment
 from kvbm.instance import disk_instance
 from kvbm.metrics.device import DeviceReader
-from kvbm.metrics.names import DISK, GAUGES, HIT_RATES, HOST, UPSTREAM, label_names, shown
+from kvbm.metrics.names import (
+    DISK,
+    GAUGES,
+    HIT_RATES,
+    HOST,
+    SHOWN,
+    UPSTREAM,
+    label_names,
+    shown,
+)
 
 HitRates = Callable[[], tuple[float, float]]
 Gauges = dict[str, GaugeMetricFamily]
@@ -120,7 +129,7 @@ class Lines:
     def __init__(self) -> None:
         self._families: dict[str, CounterMetricFamily] = {}
         self._totals: Counter[tuple[str, str]] = Counter()
-        for counter in COUNTER_NAMES:
+        for counter in SHOWN:
             metric = shown(counter)
             if metric.metric not in self._families:
                 self._families[metric.metric] = CounterMetricFamily(
@@ -135,8 +144,9 @@ class Lines:
             if line not in used and not values[line].any():
                 continue
             place = [*place_of(live, line, instance), tier]
-            for number, counter in enumerate(COUNTER_NAMES):
-                metric, value = shown(counter, tier), int(values[line][number])
+            counts = dict(zip(COUNTER_NAMES, values[line].tolist(), strict=False))
+            for counter in SHOWN:
+                metric, value = shown(counter, tier), counts[counter]
                 self._totals[tier, counter] += value
                 family = self._families[metric.metric]
                 family.add_metric([*place, *metric.labels.values()], value * metric.factor)

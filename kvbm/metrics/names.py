@@ -57,6 +57,7 @@ _TRANSFERS = "kvbm_transfers", "Transfers, by how they ended."
 _BLOCKS = "kvbm_transferred_blocks", "Blocks copied."
 _BYTES = "kvbm_transferred_bytes", "Bytes copied."
 _SECONDS = "kvbm_transfer_seconds", "Time spent copying."
+_EVICTED = "kvbm_blocks_evicted", "Blocks that left the tier, by why."
 _SKIPPED = "kvbm_stores_skipped", "What was not stored: blocks without a slot, transfers too many."
 
 COUNTERS: dict[str, Shown] = {
@@ -67,10 +68,9 @@ COUNTERS: dict[str, Shown] = {
     "matched_tokens": Shown("kvbm_tokens_matched", "Tokens found and loaded.", {}),
     "reserved": Shown("kvbm_blocks_reserved", "Blocks that were given a slot.", {}),
     "published": Shown("kvbm_blocks_published", "Blocks that were filled and can be found.", {}),
-    "evicted": Shown("kvbm_blocks_evicted", "Blocks that left the tier.", {}),
-    "cleared": Shown(
-        "kvbm_blocks_cleared", "Blocks of these that a reset or the controller took out.", {}
-    ),
+    "evicted_capacity": Shown(*_EVICTED, {"reason": "capacity"}),
+    "evicted_cleared": Shown(*_EVICTED, {"reason": "cleared"}),
+    "evicted_unreadable": Shown(*_EVICTED, {"reason": "unreadable"}),
     "abandoned": Shown("kvbm_blocks_abandoned", "Blocks given back before they were filled.", {}),
     "deduplicated": Shown("kvbm_blocks_deduplicated", "Blocks not stored: they were there.", {}),
     "stores": Shown(*_TRANSFERS, STORED | {"result": "done"}),
@@ -92,13 +92,22 @@ COUNTERS: dict[str, Shown] = {
     "stale_entries": Shown("kvbm_stale_entries", "Index entries that were replaced.", {}),
     "check_failures": Shown("kvbm_check_failures", "Rows that were not what they should be.", {}),
     "recoveries": Shown("kvbm_recoveries", "Recoveries after a death.", {}),
+    "recovered": Shown(
+        "kvbm_blocks_recovered", "Blocks given back that the dead were filling or evicting.", {}
+    ),
+    "cpu_ns": Shown("kvbm_cpu_seconds", "CPU time of our threads and calls.", {}, 1e-9),
     "errors": Shown("kvbm_errors", "Surprises that cost a request its cache.", {}),
     "resets": Shown("kvbm_resets", "Resets of the cache.", {}),
 }
 
+IN_OTHERS = frozenset({"evicted"})
+"""Counters that are not shown: sums of others that are."""
 
 # The disk tier's segment counts what moves between it and the host tier.
 _FROM_DEVICE = {DEVICE: HOST, HOST: DISK}
+
+
+SHOWN = tuple(name for name in COUNTER_NAMES if name not in IN_OTHERS)
 
 
 def shown(counter: str, tier: str = HOST) -> Shown:
@@ -116,7 +125,7 @@ COUNTER_LABELS = (*LINE_LABELS, "tier")
 
 def label_names(metric: str) -> tuple[str, ...]:
     """Labels of one of our counters, in order."""
-    for counter in COUNTER_NAMES:
+    for counter in SHOWN:
         if shown(counter).metric == metric:
             return (*COUNTER_LABELS, *shown(counter).labels)
     raise KeyError(metric)

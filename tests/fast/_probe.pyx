@@ -28,9 +28,11 @@ from kvbm._fast.eviction cimport (
 )
 from kvbm._fast.index cimport INSERTED, index_delete, index_find, index_insert, index_purge
 from kvbm._fast.layout cimport (
+    KV_C_EVICTED_CAPACITY,
     KV_NONE,
     KV_OPERATIONS_PER_LEADER,
     kv_entry_handle,
+    kv_latency_bucket,
     kv_operation,
     kv_operation_at,
     kv_word_generation,
@@ -226,8 +228,8 @@ cdef class Order:
     def take(self):
         """(block, slot) of the next victim, None if nothing is evictable."""
         cdef uint32_t block = KV_NONE, slot = KV_NONE
-        return (block, slot) if evictor_take(&self.segment.view, &self.evictor, &block,
-                                             &slot) else None
+        return (block, slot) if evictor_take(
+            &self.segment.view, &self.evictor, KV_C_EVICTED_CAPACITY, &block, &slot) else None
 
 
 # ---- operations ----------------------------------------------------------------------------------
@@ -282,3 +284,7 @@ def ring(Segment s, uint32_t leader, uint32_t rank):
 def wait(Segment s, uint32_t leader, uint32_t rank, uint32_t seen, uint64_t timeout_ns):
     with nogil:
         doorbell_wait(&s.view, leader, rank, seen, timeout_ns)
+
+
+def latency_bucket(uint64_t ns):
+    return kv_latency_bucket(ns)

@@ -2,7 +2,7 @@
 """A second reader of the segment's bytes: offsets and bit positions written down again, in Python.
 
 It shares no code with kvbm/_fast, so a test that looks through it at what the compiled core did
-finds a wrong offset, a wrong bit and a broken invariant alike. The numbers are those of format 4 of
+finds a wrong offset, a wrong bit and a broken invariant alike. The numbers are those of format 5 of
 kvbm/_fast/layout.h.
 """
 
@@ -30,12 +30,13 @@ RESET, PARTIAL, REGISTERED, EVICTING = range(4)
 EMPTY, FILLING, READY = range(3)
 FREE, SUBMITTED, CANCELLED, FINISHING, COMPLETE, FAILED = range(6)
 PENDING, RUNNING, DONE, RANK_FAILED = range(4)
-STORE, LOAD = 1, 2
+STORE, LOAD, SPILL, FETCH = 1, 2, 3, 4
 BLOCKS, HOST, DISK = range(3)
 
 # Bytes of one record, in the order of the sections.
 PARTICIPANT_BYTES = 128
-COUNTERS_BYTES = 256
+COUNTERS_BYTES = 384
+HISTOGRAM_BYTES, HISTOGRAMS, BUCKETS = 200, 8, 24
 RING_BYTES = 128 + 8 * OPERATIONS
 OPERATION_BYTES = 192 + 32 * ROWS
 BUCKET_BYTES = 64
@@ -155,6 +156,7 @@ class RawSegment:
         self._end = PAGE
         self._section("participants", LINES * PARTICIPANT_BYTES)
         self._section("counters", LINES * COUNTERS_BYTES)
+        self._section("histograms", LEADERS * self.ranks * HISTOGRAMS * HISTOGRAM_BYTES)
         self._section("rings", LEADERS * self.ranks * RING_BYTES)
         self._section("operations", LEADERS * OPERATIONS * OPERATION_BYTES)
         for pool, capacity in enumerate(self.capacities):
@@ -238,10 +240,10 @@ class RawSegment:
         """Decode all block records."""
         return [self.block(i) for i in range(self.block_capacity)]
 
-    def cold(self, index: int) -> tuple[int, int, int, int, int]:
-        """Sequence hash, position, group, time of registration and reserved word of a block."""
+    def cold(self, index: int) -> tuple[int, int, int, int, int, int]:
+        """Sequence hash, position, group, registration, uses and reserved word of a block."""
         at = self.at["cold"] + index * COLD_BYTES
-        return struct.unpack_from("<QIIQQ", self.bytes, at)  # type: ignore[return-value]
+        return struct.unpack_from("<QIIQII", self.bytes, at)  # type: ignore[return-value]
 
     # ---- pools and index ----------------------------------------------------------------------
     def free(self, pool: int) -> set[int]:
@@ -317,6 +319,12 @@ class RawSegment:
         at = self.at["rings"] + (leader * self.ranks + rank) * RING_BYTES
         entries = list(struct.unpack_from(f"<{OPERATIONS}Q", self.bytes, at + 128))
         return self.u32(at), self.u32(at + 64), entries
+
+    def histogram(self, leader: int, rank: int, kind: int, copy: bool) -> tuple[list[int], int]:
+        """Buckets and sum of what operations of a kind took, from submission or only the copy."""
+        worker = (leader * self.ranks + rank) * HISTOGRAMS
+        at = self.at["histograms"] + (worker + 2 * (kind - STORE) + copy) * HISTOGRAM_BYTES
+        return [self.u64(at + 8 * i) for i in range(BUCKETS)], self.u64(at + 8 * BUCKETS)
 
     def line_at(self, line: int) -> int:
         """Offset of a participant's line."""

@@ -78,7 +78,7 @@ def test_a_reserved_block_carries_all_that_it_was_reserved_with(probe: Any, worl
     assert (block.digest, block.parent, block.parent_generation) == (CHAIN[3], 1, 0)
     assert (block.priority, block.tick) == (5, world.raw.tick)
     assert [(p.state, p.slot) for p in block.placements] == [(FILLING, 7), (EMPTY, 0), (EMPTY, 0)]
-    assert world.raw.cold(3) == (0xFEDCBA9876543210, 42, 2, 0, 0)
+    assert world.raw.cold(3) == (0xFEDCBA9876543210, 42, 2, 0, 0, 0)
 
 
 @pytest.mark.parametrize("state", [PARTIAL, REGISTERED, EVICTING])

@@ -14,7 +14,7 @@ from kvbm._fast.segment import segment_bytes, shape_for
 from tests.fast.instances import Instance, digests
 from tests.fast.raw_segment import RawSegment
 
-HEADER = Path(contract.__file__).with_name("layout.h")
+HEADERS = [Path(contract.__file__).with_name(name) for name in ("counters.h", "layout.h")]
 SIZES = {"kv_au64": 8, "uint64_t": 8, "kv_au32": 4, "uint32_t": 4, "uint8_t": 1}
 NOT_READ = re.compile(r"(pad\d*|reserved)$")
 
@@ -30,7 +30,8 @@ def constants(text: str) -> dict[str, int]:
 
 def structs() -> dict[str, dict[str, tuple[int, int, int]]]:
     """Field to (offset, size, count) of the structs, by the rules of the C language."""
-    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = "".join(header.read_text(encoding="utf-8") for header in HEADERS)
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     known = constants(text)
     sizes, alignment = dict(SIZES), dict(SIZES)
     found: dict[str, dict[str, tuple[int, int, int]]] = {}

@@ -119,7 +119,7 @@ def test_a_block_goes_with_its_descendants_and_no_other(make_instance: MakeInsta
     assert table.match(Keys(trunk), 0, 6)[0] == 4
     table.unpin(refs[3])
     assert evict_subtrees(table, [refs[2], refs[1]]) == 5
-    assert table.segment.counters()["cleared"] == table.segment.counters()["evicted"] == 7
+    assert table.segment.counters()["evicted_cleared"] == table.segment.counters()["evicted"] == 7
     assert census(table.segment, "host") == Census(16, 0, 0, 1)
     assert table.segment.free_blocks() == 15
 

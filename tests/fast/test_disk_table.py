@@ -70,6 +70,9 @@ def test_a_retired_block_is_gone_with_what_follows_and_its_slot_is_not_used_agai
     assert matched(table, keys) == 2
     reserved = table.reserve(Keys(digests(9, "more")), 0, 9)  # evicts what else there is
     assert sorted(slot for _, slot in reserved) == [0, 1, 3, 4, 5, 6, 7]
+    counters = table.segment.counters()
+    assert (counters["evicted_unreadable"], counters["evicted_capacity"]) == (4, 2)
+    assert counters["evicted"] == 4 + 2
     assert table.abandon_reserved([one for one, _ in reserved])
     assert table.abandon_reserved([ref])
     assert table.held() == {}

@@ -73,6 +73,21 @@ def test_the_least_recently_returned_goes_first(make_instance: Make) -> None:
         table.unpin(made.raw.block(victims[i]).generation << 32 | victims[i])
 
 
+def test_each_eviction_is_counted_under_one_reason(make_instance: Make) -> None:
+    made = make_instance(8)
+    table = made.leader()
+    for seed in range(3):
+        fill(table, seed, 5)
+    counters = made.creator.counters()
+    assert counters["evicted_capacity"] == counters["evicted"] == 7
+    assert counters["published"] - counters["evicted"] == 8
+    assert table.reset() == 8
+    counters = made.creator.counters()
+    assert (counters["evicted_capacity"], counters["evicted_cleared"]) == (7, 8)
+    assert counters["published"] == counters["evicted"] == 15
+    assert counters["evicted_unreadable"] == 0
+
+
 def test_a_lower_priority_goes_before_a_longer_wait(make_instance: Make) -> None:
     made = make_instance(6)
     table = made.leader()

@@ -51,6 +51,8 @@ def test_blocks_of_a_killed_leader_stay_registered_and_its_reservations_come_bac
     table = one.leader()
     assert recover(table.segment) == 1
     assert states(one).count(PARTIAL) == 0
+    assert table.segment.counters()["recovered"] == 3
+    assert table.segment.counters()["reserved"] == 7
     assert [one.raw.block(block_of(ref)).state for ref in registered] == [REGISTERED] * 4
     count, ref = table.match(Keys(digests(7, "theirs")), 0, 7)
     assert count == 4

@@ -74,19 +74,20 @@ def test_the_sections_are_where_they_have_always_been() -> None:
         assert reader.at == {
             "participants": 4096,
             "counters": 40960,
-            "rings": 110592,
-            "operations": 147456,
-            "pool 0": 8929280,
-            "summary 0": 8933376,
-            "pool 1": 8937472,
-            "summary 1": 8941568,
-            "pool 2": 8945664,
-            "summary 2": 8949760,
-            "buckets": 8953856,
-            "blocks": 8962048,
-            "cold": 8982528,
+            "histograms": 147456,
+            "rings": 200704,
+            "operations": 237568,
+            "pool 0": 9019392,
+            "summary 0": 9023488,
+            "pool 1": 9027584,
+            "summary 1": 9031680,
+            "pool 2": 9035776,
+            "summary 2": 9039872,
+            "buckets": 9043968,
+            "blocks": 9052160,
+            "cold": 9072640,
         }
-        assert reader.total_bytes == segment.total_bytes == 8994816
+        assert reader.total_bytes == segment.total_bytes == 9084928
 
 
 def test_the_header_is_where_it_has_always_been() -> None:
@@ -94,7 +95,7 @@ def test_the_header_is_where_it_has_always_been() -> None:
     with created(shape) as segment, RawSegment(segment.name) as reader:
         segment.set_ready_slots(1, 77)
         assert reader.u64(0) == 0x314D42564B304730
-        assert reader.u32(8) == FORMAT_VERSION == 4
+        assert reader.u32(8) == FORMAT_VERSION == 5
         assert [reader.u32(16 + 4 * i) for i in range(7)] == [300, 200, 100, 2, 16, 128, 1]
         assert reader.u32(44) == raw.header_check(reader.bytes[:4096])
         assert reader.u64(48) == segment.total_bytes
@@ -108,8 +109,8 @@ def test_the_header_is_where_it_has_always_been() -> None:
 
 
 def test_the_layout_check_is_made_of_the_sizes_of_all_records() -> None:
-    sizes = (4096, 128, 256, 1152, 4288, 64, 64, 32, 16, 16)
-    factors = (31, 131, 137, 139, 149, 151, 157, 163, 167, 173)
+    sizes = (4096, 128, 384, 1152, 4288, 64, 64, 32, 16, 16, 200)
+    factors = (31, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179)
     assert sizes[1:8] == (
         raw.PARTICIPANT_BYTES,
         raw.COUNTERS_BYTES,
@@ -119,6 +120,7 @@ def test_the_layout_check_is_made_of_the_sizes_of_all_records() -> None:
         raw.BLOCK_BYTES,
         raw.COLD_BYTES,
     )
+    assert sizes[-1] == raw.HISTOGRAM_BYTES
     with created() as segment, RawSegment(segment.name) as reader:
         assert reader.u32(12) == sum(s * f for s, f in zip(sizes, factors, strict=True))
 
@@ -294,7 +296,7 @@ def test_another_format_is_refused_with_both_numbers(offset: int, value: int) ->
         fault = fault_of(name)
     assert fault.kind == "version"
     assert f"{value}" in str(fault) or f"{value:#x}" in str(fault)
-    assert "this build needs 4/" in str(fault)
+    assert "this build needs 5/" in str(fault)
     assert fault.found in str(fault)
 
 

@@ -264,7 +264,7 @@ def test_a_reset_makes_everything_unreachable_and_frees_what_nobody_holds(
     assert first.reset() == 11
     assert made.creator.free_blocks() == 16
     assert made.creator.counters()["resets"] == 2
-    assert made.creator.counters()["cleared"] == made.creator.counters()["evicted"] == 20
+    assert made.creator.counters()["evicted_cleared"] == made.creator.counters()["evicted"] == 20
 
 
 def test_a_block_that_is_filled_across_a_reset_is_not_matched(make_instance: Make) -> None:

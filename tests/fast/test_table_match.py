@@ -70,6 +70,27 @@ def test_a_match_is_counted(make_instance: Make) -> None:
     assert delta == {"lookups": 1, "lookup_blocks": 12, "matched_blocks": 8}
 
 
+def test_a_match_is_noted_at_the_block_where_it_ends(make_instance: Make) -> None:
+    made = make_instance(8)
+    first, second = made.leader(), made.leader(2)
+    keys = Keys(digests(8))
+    refs = cache(first, keys)
+
+    def uses() -> list[int]:
+        return [made.raw.cold(block_of(ref))[4] for ref in refs]
+
+    assert uses() == [0] * 8
+    for table, stop in ((first, 8), (second, 8), (second, 3), (first, 8)):
+        assert matched(table, keys, 0, stop) == stop
+    assert matched(first, Keys(digests(5, "other"))) == 0
+    held = first.hold(keys, 4)
+    assert held is not None
+    first.unpin(held)  # the cache's own look is no use
+    assert uses() == [0, 0, 1, 0, 0, 0, 0, 3]
+    again = cache(first, Keys(digests(8, "other")))  # the records have other blocks now
+    assert [made.raw.cold(block_of(ref))[4] for ref in again] == [0] * 8
+
+
 def test_the_deepest_block_is_held_until_its_last_return(make_instance: Make) -> None:
     made = make_instance(16)
     table = made.leader()

@@ -128,10 +128,11 @@ def test_the_decoder_agrees_with_an_independent_reader(sample: Sample) -> None:
             assert row["children"] == block.children
             assert row["parent"] == block.parent
             assert (row["priority"], row["tick"]) == (block.priority, block.tick)
-            sequence_hash, position, group, registered_ns, _ = raw.cold(number)
+            sequence_hash, position, group, registered_ns, uses, _ = raw.cold(number)
             assert (row["position"], row["group"]) == (position, group)
             assert int(row["sequence_hash"], 16) == sequence_hash
             assert int(segment.blocks.registered_ns[number]) == registered_ns
+            assert int(segment.blocks.uses[number]) == uses
         for pool, name in enumerate(("blocks", "host", "disk")):
             assert set(segment.free(name).nonzero()[0].tolist()) == raw.free(pool)
         operation = raw.operation(0, 0)

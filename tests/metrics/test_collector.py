@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbm._fast.keys import Keys
 from kvbm._fast.objects import SHARED_MEMORY, object_path
-from kvbm._fast.segment import COUNTER_NAMES, shape_for
+from kvbm._fast.segment import shape_for
 from kvbm.inspect.live import LiveSegment, Sweep
 from kvbm.metrics.collector import InstanceCollector
-from kvbm.metrics.names import GAUGES, HIT_RATES, UPSTREAM, shown
+from kvbm.metrics.names import GAUGES, HIT_RATES, SHOWN, UPSTREAM, shown
 from tests.fast.instances import Instance, cache, digests, unique_name
 from tests.inspect.samples import Sample
 from tests.metrics.scrape import Samples, value
@@ -75,7 +75,7 @@ def test_counters_are_those_of_their_lines_and_upstreams_are_the_sums(
     assert value(found, "kvbm_transferred_bytes_total", **stored) == counters["bytes_stored"]
     seconds = value(found, "kvbm_transfer_seconds_total", **stored)
     assert seconds == pytest.approx(counters["store_ns"] / 1e9)
-    for counter in COUNTER_NAMES:
+    for counter in SHOWN:
         metric = shown(counter)
         same = [
             number
@@ -125,7 +125,7 @@ def test_each_metric_has_the_type_and_the_name_that_it_says(collector: InstanceC
         assert f"# TYPE {name} untyped\n{name} " in text, name
     for name in (*GAUGES, *HIT_RATES):
         assert f"# TYPE {name} gauge\n" in text, name
-    for counter in COUNTER_NAMES:
+    for counter in SHOWN:
         assert f"# TYPE {shown(counter).metric}_total counter\n" in text, counter
     assert "kvbm_host_cache_hit_rate 0.5\n" in text
     assert "kvbm_disk_cache_hit_rate 0.25\n" in text

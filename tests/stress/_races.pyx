@@ -38,6 +38,7 @@ from kvbm._fast.blocks cimport (
 from kvbm._fast.eviction cimport evictor_take
 from kvbm._fast.index cimport index_find
 from kvbm._fast.layout cimport (
+    KV_C_EVICTED_CAPACITY,
     KV_LOAD,
     KV_NONE,
     KV_OP_COMPLETE,
@@ -374,7 +375,8 @@ cdef class Work:
         if not structure_enter(self.table.view):
             return
         for i in range(count):
-            if not evictor_take(self.table.view, &self.table.evictor, &block, &slot):
+            if not evictor_take(self.table.view, &self.table.evictor,
+                                KV_C_EVICTED_CAPACITY, &block, &slot):
                 break
             self.evicted += 1
             pool_give_back(self.table.view, KV_POOL_BLOCKS, block)
