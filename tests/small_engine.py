@@ -175,6 +175,7 @@ class SmallEngine:
         slots = self.host_slots
         for rank in range(self.ranks):
             assert wait_until(lambda r=rank: self.segment.ready_slots(r) == slots, DEADLINE_S)
+        assert wait_until(lambda: all(worker.loop for worker in self.workers), DEADLINE_S)
 
     def close(self) -> None:
         """End everything, after proving that nothing is held; may be called twice."""

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kvbm._fast.keys import Keys
 from kvbm.inspect.capture import capture, write_snapshot
 from kvbm.inspect.cli import main
 from kvbm.instance import remove
+from tests.fast.instances import cache, digests
+from tests.fast.test_disk_table import disk_table
 from tests.inspect.conftest import Inspect
 from tests.inspect.disk_samples import DiskSample, torn_superblock
 from tests.inspect.test_cli import check_golden
@@ -193,9 +198,6 @@ def test_both_tiers_are_drawn(disk: DiskSample, inspect: Inspect) -> None:
 
 
 def test_what_came_and_went_on_disk(disk_file: Path, disk: DiskSample, inspect: Inspect) -> None:
-    from kvbm._fast.keys import Keys
-    from tests.fast.instances import cache, digests
-
     cache(disk.table, Keys(digests(3, "came later")))
     found = json.loads(inspect("diff", disk_file, disk.name, *TIER, "--json").stdout)
     assert (found["came"], found["went"]) == (3, 0)
@@ -212,6 +214,24 @@ def test_a_dead_leader_of_the_disk_tier_is_said(disk_file: Path, inspect: Inspec
     assert result.exit_code == 0
     assert "disk at rest" in result.stdout
     assert "what died on lines [0] has not been recovered" in result.stdout
+
+
+def test_what_a_killed_leader_left_on_disk_is_shown(disk: DiskSample, inspect: Inspect) -> None:
+    child = os.fork()
+    if child == 0:
+        table = disk_table(disk.disk)
+        table.reserve_run(Keys(digests(3, "killed")), 0, 3, None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    words = ("participants", disk.name, *TIER, "--dead", "--json")
+    (dead,) = json.loads(inspect(*words).stdout)["participants"]
+    assert (dead["leader"], dead["pid"], dead["pins"]) == (1, child, 3)
+    left = json.loads(inspect("blocks", disk.name, *TIER, "--holder", 1, "--json").stdout)
+    assert [one["state"] for one in left["blocks"]] == ["partial"] * 3
+    result = inspect("verify", disk.name)
+    assert result.exit_code == 0
+    assert "disk at rest" in result.stdout
+    assert "what died on lines [1] has not been recovered" in result.stdout
 
 
 def test_a_device_that_a_snapshot_makes_up_is_shown_as_far_as_it_makes_sense(
