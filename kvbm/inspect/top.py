@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import curses
 import json
+import sys
 import time
 from typing import Any
 
@@ -32,6 +33,8 @@ def run(instance: str, hertz: float, seconds: float | None) -> None:
     seconds : float, optional
         End after this time.
     """
+    if not sys.stdout.isatty():
+        raise InspectError("top needs a terminal; --json does not")
     try:
         curses.wrapper(_loop, instance, 1 / hertz, seconds)
     except curses.error as error:
@@ -47,7 +50,7 @@ def run_json(instance: str, hertz: float, seconds: float | None) -> None:
     try:
         while True:
             next_at = time.monotonic() + 1 / hertz
-            picture = frame(*follower.look(instance))
+            picture = frame(*follower.look_with_disk(instance))
             print(json.dumps({"schema": SCHEMA, "command": "top", **picture}), flush=True)
             if end is not None and next_at > end:
                 return

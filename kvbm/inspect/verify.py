@@ -121,6 +121,8 @@ def _check_table(segment: Segment) -> Verdict:
     if any(len(segment.slot_headers(rank)) for rank in segment.arenas):
         verdict.checked.append("I6 (arenas)")
         verdict.violations.extend(check_slot_headers(segment))
+        if count := slots_written_meanwhile(segment):
+            verdict.unchecked.append(f"I6 (arenas): {count} slots written during the snapshot")
     elif not segment.is_of_disk:
         verdict.unchecked.append("I6 (arenas): no headers of slots are in this capture")
     problem = resting_problem(segment)
@@ -242,25 +244,51 @@ def check_slot_headers(segment: Segment) -> Iterator[Violation]:
 
 
 def _headers_of_rank(segment: Segment, rank: int) -> Iterator[Violation]:
+    wrong, later = _wrong_headers(segment, rank)
+    slot = segment.blocks.slot[:, 0]
+    yield from listed(
+        "I6 (arenas)",
+        wrong & ~later if _was_in_use(segment) else wrong,
+        lambda b: f"rank {rank}: slot {slot[b]} does not hold block {b}'s bytes",
+    )
+
+
+def slots_written_meanwhile(segment: Segment) -> int:
+    """Slots that got a newer block between the readings of table and arenas, in a snapshot.
+
+    A live instance is read again instead.
+    """
+    if not _was_in_use(segment):
+        return 0
+    found = [_wrong_headers(segment, rank) for rank in segment.arenas]
+    return sum(int((wrong & later).sum()) for wrong, later in found)
+
+
+def _was_in_use(segment: Segment) -> bool:
+    """Whether somebody worked in the instance when the snapshot was taken."""
+    lines = np.flatnonzero(segment.participants["role"])
+    return segment.capture.kind == "snapshot" and any(segment.is_alive(int(n)) for n in lines)
+
+
+def _wrong_headers(segment: Segment, rank: int) -> tuple[Mask, Mask]:
+    """Blocks whose slot's header is not of them, and those whose is of a later generation."""
     blocks, headers = segment.blocks, segment.slot_headers(rank)
-    if len(headers) == 0:
-        return
     slot = blocks.slot[:, 0]
     seen = blocks.of_state("registered") & (blocks.placement_state[:, 0] == 2)
     seen &= slot < len(headers)
+    if len(headers) == 0:
+        return seen, seen
     header = headers[np.where(seen, slot, 0)]
     digest = blocks.digests.view("<u8")
+    generation = (header["word"] & np.uint64(0xFFFFFFFF)).astype(np.int64)
     right = (
         ((header["word"] >> np.uint64(60)) == 2)
-        & ((header["word"] & np.uint64(0xFFFFFFFF)).astype(np.int64) == blocks.generation)
+        & (generation == blocks.generation)
         & (header["digest_lo"] == digest[:, 0])
         & (header["digest_hi"] == digest[:, 1])
     )
-    yield from listed(
-        "I6 (arenas)",
-        seen & ~right,
-        lambda b: f"rank {rank}: slot {slot[b]} does not hold block {b}'s bytes",
-    )
+    ahead = (generation - blocks.generation) % (1 << 32)
+    return seen & ~right, (ahead > 0) & (ahead < 1 << 31)
 
 
 def check_words(segment: Segment) -> Iterator[Violation]:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from tests.inspect.conftest import Inspect
+from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,12 +51,27 @@ def test_a_terminal_shows_the_screen_until_q(sample: Sample) -> None:
 
 def test_a_file_or_no_terminal_is_one_line(sample: Sample, snapshot_file: Path) -> None:
     command = [sys.executable, "-m", "kvbm.inspect", "top"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "no-such-terminal"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     done = subprocess.run(
         [*command, sample.name], env=environment, capture_output=True, text=True, check=False
     )
+    assert (done.returncode, done.stdout) == (2, "")  # nothing for a terminal in a pipe
+    assert done.stderr == "kvbm.inspect: top needs a terminal; --json does not\n"
+
+
+def test_a_terminal_that_nobody_knows_is_one_line(sample: Sample) -> None:
+    terminal, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "no-such-terminal"}
+    command = [sys.executable, "-m", "kvbm.inspect", "top", sample.name]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(theirs)
+        os.close(terminal)
     assert done.returncode == 2
-    assert "top needs a terminal" in done.stderr
+    assert done.stderr.startswith("kvbm.inspect: top needs a terminal: ")
 
 
 def test_json_needs_no_terminal_and_is_a_line_a_picture(sample: Sample, inspect: Inspect) -> None:
@@ -68,6 +84,12 @@ def test_json_needs_no_terminal_and_is_a_line_a_picture(sample: Sample, inspect:
         assert (picture["schema"], picture["command"]) == (1, "top")
         assert picture["instance"] == sample.name
         assert picture["pools"]["host"] == {"used": 23, "total": 64}
+
+
+def test_json_has_the_disk_tier(disk: DiskSample, inspect: Inspect) -> None:
+    found = json.loads(inspect("top", disk.name, "--json", "--seconds", 0).stdout)
+    assert found["pools"]["disk"] == {"used": 18, "total": 32}
+    assert found["disk"]["blocks"]["registered"] == 16
 
 
 def test_a_snapshot_cannot_be_followed(snapshot_file: Path, inspect: Inspect) -> None:

@@ -179,3 +179,23 @@ def test_the_headers_of_the_slots_are_compared(engine: SmallEngine) -> None:
     broken = check(Segment(replace(taken, arenas={0: bytes(head)})))
     assert [violation.rule for violation in broken.violations] == ["I6 (arenas)"]
     assert "slot 2 " in broken.violations[0].text
+
+
+@pytest.mark.parametrize(
+    ("generations", "somebody_worked", "holds"),
+    [(1, True, True), (1, False, False), (-1, True, False)],
+)
+def test_a_slot_that_got_a_newer_block_during_a_snapshot_is_no_violation(
+    engine: SmallEngine, generations: int, somebody_worked: bool, holds: bool
+) -> None:
+    engine.store("request", range(4))
+    taken = capture(engine.instance, slot_headers=True)
+    head = bytearray(taken.arenas[0])
+    at = 4096 + 2 * 64  # the third slot's header, whose first word ends with the generation
+    generation = int.from_bytes(head[at : at + 4], "little") + generations
+    head[at : at + 4] = (generation % 2**32).to_bytes(4, "little")
+    locked = taken.locked if somebody_worked else frozenset()
+    snapshot = replace(taken, kind="snapshot", arenas={0: bytes(head)}, locked=locked)
+    verdict = check(Segment(snapshot))
+    assert (verdict.violations == []) is holds
+    assert ("I6 (arenas): 1 slots written during the snapshot" in verdict.unchecked) is holds
