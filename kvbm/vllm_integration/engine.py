@@ -2,6 +2,7 @@
 """What both sides of the connector read from vLLM's configuration."""
 
 import logging
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -102,6 +103,8 @@ def fingerprint_values(vllm_config: "VllmConfig", block_tokens: int) -> dict[str
         vllm_config.parallel_config,
     )
     config = getattr(model, "hf_config", None)
+    # Scales that an engine computes from its own first input: its bytes mean nothing to another.
+    computed = getattr(cache, "calculate_kv_scales", False)
     return {
         "engine": f"vllm {vllm.__version__}",
         "model": str(model.model),
@@ -110,6 +113,7 @@ def fingerprint_values(vllm_config: "VllmConfig", block_tokens: int) -> dict[str
         "dtype": str(model.dtype),
         "quantization": str(getattr(model, "quantization", None)),
         "cache_dtype": str(cache.cache_dtype),
+        "kv_scales": f"computed {uuid.uuid4().hex}" if computed else "loaded",
         "block_tokens": block_tokens,
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "pipeline_parallel": int(parallel.pipeline_parallel_size),

@@ -128,6 +128,7 @@ OPTIONAL = {
     "disable_hybrid_kv_cache_manager",
     "prefill_context_parallel_size",
     "data_parallel_index",
+    "calculate_kv_scales",
     "kv_cache_report_mode",
 }
 # Of torch, transformers, prometheus_client and the standard library.

@@ -56,6 +56,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "dtype": put("model_config", "dtype", torch.bfloat16),
     "quantization": put("model_config", "quantization", "awq"),
     "cache_dtype": put("cache_config", "cache_dtype", "fp8"),
+    "kv_scales": put("cache_config", "calculate_kv_scales", True),
     "tensor_parallel": put("parallel_config", "tensor_parallel_size", 2),
     "pipeline_parallel": put("parallel_config", "pipeline_parallel_size", 2),
     "hash_algorithm": put("cache_config", "prefix_caching_hash_algo", "sha256_cbor"),
@@ -80,6 +81,11 @@ def test_other_block_sizes_and_versions_of_vllm_are_other_fingerprints(
     )
     monkeypatch.setattr("vllm.__version__", "99.0")
     assert Fingerprint(values()).digest != one.digest
+
+
+def test_scales_that_an_engine_computes_by_itself_are_shared_with_nobody() -> None:
+    change = CHANGES["kv_scales"]
+    assert Fingerprint(values(change)).digest != Fingerprint(values(change)).digest
 
 
 def test_every_value_has_its_case() -> None:
