@@ -20,6 +20,7 @@ import pytest
 from kvbm.errors import InspectError
 from kvbm.inspect.serve import PageServer, run
 from tests.inspect.conftest import Inspect
+from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -139,12 +140,42 @@ def test_a_signal_ends_the_command(sample: Sample, words: tuple[str, ...]) -> No
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_a_browser_shows_the_numbers(server: PageServer, sample: Sample, tmp_path: Path) -> None:
+    shown = shown_by_a_browser(server, tmp_path)
+    assert "<td>written to disk</td>" not in shown
+    for text in (
+        f'<option value="{sample.name}">',
+        "host: 23 of 64 (35.9 %)",
+        "registered <b>20</b>",
+        "worker 0.1",
+        "submitted",
+        '<path d="M',
+    ):
+        assert text in shown, shown
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_a_browser_shows_the_disk_tier(disk: DiskSample, tmp_path: Path) -> None:
+    server = PageServer(lambda: [disk.name], 0, "127.0.0.1")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        shown = shown_by_a_browser(server, tmp_path / "browser")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    for text in ("disk: 18 of 32 (56.3 %)", "<td>written to disk", "<td>read from disk"):
+        assert text in shown, shown
+
+
+def shown_by_a_browser(server: PageServer, folder: Path) -> str:
+    """The page as a browser has it after some pictures, without an error."""
     assert BROWSER is not None
     done = subprocess.run(
         [
             BROWSER,
             *BROWSER_OPTIONS,
-            f"--user-data-dir={tmp_path}",
+            f"--user-data-dir={folder}",
             "--virtual-time-budget=2500",
             "--dump-dom",
             f"http://127.0.0.1:{server.port}/",
@@ -154,12 +185,4 @@ def test_a_browser_shows_the_numbers(server: PageServer, sample: Sample, tmp_pat
         timeout=DEADLINE_S,
     )
     assert "CONSOLE" not in done.stderr  # neither an error nor a breach of the page's policy
-    for text in (
-        f'<option value="{sample.name}">',
-        "host: 23 of 64 (35.9 %)",
-        "registered <b>20</b>",
-        "worker 0.1",
-        "submitted",
-        '<path d="M',
-    ):
-        assert text in done.stdout, done.stdout
+    return done.stdout
