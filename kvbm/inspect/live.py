@@ -159,6 +159,11 @@ class LiveSegment:
         values: Counters = self._read("counters")["value"]
         return values
 
+    def histograms(self) -> Any:
+        """What operations took: [leader, rank, kind - 1, latency] of `contract`."""
+        kinds, latencies = len(contract.OPERATION_KINDS), len(contract.LATENCIES)
+        return self._read("histograms").reshape(-1, self.shape.ranks, kinds, latencies)
+
     def pools(self) -> dict[str, tuple[int, int]]:
         """Used and all records or slots of each pool that has any."""
         sizes = {"blocks": self.shape.block_capacity, "host": self.shape.host_slots}

@@ -24,6 +24,7 @@ from kvbm.inspect.follow import Follower
 from kvbm.inspect.live import LiveSegment
 from kvbm.instance import disk_instance
 from kvbm.metrics.device import DeviceReader
+from kvbm.metrics.latencies import add_latencies, latency_families
 from kvbm.metrics.names import (
     DISK,
     GAUGES,
@@ -83,7 +84,7 @@ class InstanceCollector(Collector):
             name: GaugeMetricFamily(name, meaning, labels=labels)
             for name, (meaning, labels) in GAUGES.items()
         }
-        lines = Lines()
+        lines, latencies = Lines(), latency_families()
         names = list(self._instances())
         self._follower.keep(names)
         for name in names:
@@ -92,7 +93,7 @@ class InstanceCollector(Collector):
             if live is None:
                 continue
             with contextlib.suppress(InspectError):  # cut off at this moment: what was read stands
-                lines.add(live, name, HOST)
+                add_latencies(latencies, live, lines.add(live, name, HOST))
                 fill_gauges(live, gauges)
                 disk = self._follower.find(disk_instance(name)) if live.shape.disk_slots else None
                 if disk is not None:
@@ -101,6 +102,7 @@ class InstanceCollector(Collector):
                     self._device.fill(gauges, name)
         yield from lines.upstream()
         yield from lines.families()
+        yield from latencies.values()
         yield from gauges.values()
         if self._hit_rates is not None:
             rates = (*self._hit_rates(), 0.0)
@@ -136,20 +138,29 @@ class Lines:
                     metric.metric, metric.meaning, labels=label_names(metric.metric)
                 )
 
-    def add(self, live: LiveSegment, instance: str, tier: str) -> None:
-        """Add the lines of a tier's segment that are used, or that have counted something."""
+    def add(self, live: LiveSegment, instance: str, tier: str) -> dict[int, list[str]]:
+        """Add the lines of a tier's segment that are used, or that have counted something.
+
+        Returns
+        -------
+        dict
+            Of each of these lines: values of the labels instance, engine, leader, rank.
+        """
         values = live.line_counters()
         used = set(live.lines())
+        places = {}
         for line in range(len(values)):
             if line not in used and not values[line].any():
                 continue
-            place = [*place_of(live, line, instance), tier]
+            places[line] = place_of(live, line, instance)
+            place = [*places[line], tier]
             counts = dict(zip(COUNTER_NAMES, values[line].tolist(), strict=False))
             for counter in SHOWN:
                 metric, value = shown(counter, tier), counts[counter]
                 self._totals[tier, counter] += value
                 family = self._families[metric.metric]
                 family.add_metric([*place, *metric.labels.values()], value * metric.factor)
+        return places
 
     def families(self) -> Iterator[Metric]:
         """Our own counters, with labels."""

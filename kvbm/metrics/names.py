@@ -95,7 +95,7 @@ COUNTERS: dict[str, Shown] = {
     "recovered": Shown(
         "kvbm_blocks_recovered", "Blocks given back that the dead were filling or evicting.", {}
     ),
-    "cpu_ns": Shown("kvbm_cpu_seconds", "CPU time of our threads and calls.", {}, 1e-9),
+    "cpu_ns": Shown("kvbm_cpu_seconds", "CPU time of the threads that copy.", {}, 1e-9),
     "errors": Shown("kvbm_errors", "Surprises that cost a request its cache.", {}),
     "resets": Shown("kvbm_resets", "Resets of the cache.", {}),
 }
@@ -121,6 +121,16 @@ def shown(counter: str, tier: str = HOST) -> Shown:
 
 LINE_LABELS = ("instance", "engine", "leader", "rank")
 COUNTER_LABELS = (*LINE_LABELS, "tier")
+
+HISTOGRAM_LABELS = (*COUNTER_LABELS, "source", "target")
+HISTOGRAMS: dict[str, tuple[str, str]] = {
+    "kvbm_transfer_latency_seconds": (
+        "total",
+        "What a transfer that was done took on a rank, from its submission on.",
+    ),
+    "kvbm_transfer_copy_seconds": ("copy", "What its copy took."),
+}
+"""Histogram: which of the segment's it shows, meaning."""
 
 
 def label_names(metric: str) -> tuple[str, ...]:

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from kvbm._fast.segment import COUNTER_NAMES
-from kvbm.metrics.names import COUNTERS, GAUGES, HIT_RATES, SHOWN, UPSTREAM, label_names, shown
+from kvbm.metrics.names import (
+    COUNTERS,
+    GAUGES,
+    HISTOGRAM_LABELS,
+    HISTOGRAMS,
+    HIT_RATES,
+    SHOWN,
+    UPSTREAM,
+    label_names,
+    shown,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DASHBOARD = ROOT / "docs" / "grafana.json"
@@ -31,6 +41,9 @@ def labels_of_all() -> dict[str, tuple[str, ...]]:
     for counter in SHOWN:
         metric = shown(counter).metric
         found[f"{metric}_total"] = label_names(metric)
+    for name in HISTOGRAMS:
+        found |= {f"{name}_{part}": HISTOGRAM_LABELS for part in ("count", "sum")}
+        found[f"{name}_bucket"] = (*HISTOGRAM_LABELS, "le")
     return found
 
 
@@ -52,7 +65,7 @@ def test_a_counter_that_the_table_does_not_have_is_shown_under_its_own_name() ->
 
 def test_no_two_metrics_share_a_name() -> None:
     ours = {shown(counter).metric for counter in SHOWN}
-    assert not ours & {*UPSTREAM, *HIT_RATES, *GAUGES}
+    assert not ours & {*UPSTREAM, *HIT_RATES, *GAUGES, *HISTOGRAMS}
 
 
 def panels(node: Any) -> Iterator[tuple[str, str]]:
@@ -82,7 +95,7 @@ def test_a_query_of_the_dashboard_asks_for_what_is_exposed(title: str, query: st
             assert label in every, label
     assert query.count("(") == query.count(")")
     for name, _ in asked:
-        if name.endswith("_total"):
+        if name.endswith(("_total", "_bucket", "_count", "_sum")):
             assert re.search(rf"(rate|increase)\({name}", query), f"{name} without a rate"
 
 
