@@ -141,10 +141,20 @@ cdef class CudaStaging:
             self.move.rows += 1
 
     cdef void arrange(self) noexcept nogil:
-        """Give each run of neighbouring slots its place in the buffer, in the arena's order."""
+        """Give each run of neighbouring slots its place in the buffer, in the arena's order.
+
+        Rows are in the order of their blocks in the prompt, and slots come back from eviction last
+        block first: sorted, they are runs again. The kernel does not mind the order.
+        """
         cdef kv_move *move = &self.move
         cdef uint32_t group_slots = self.group.copier.arena.group_slots
-        cdef uint32_t row = 0, n, i, chunks = 0
+        cdef uint32_t row = 0, n, i, slot, block, chunks = 0
+        for n in range(1, move.rows):
+            i, slot, block = n, self.slots[n], move.row[n].block
+            while i > 0 and self.slots[i - 1] > slot:
+                self.slots[i], move.row[i].block = self.slots[i - 1], move.row[i - 1].block
+                i -= 1
+            self.slots[i], move.row[i].block = slot, block
         while row < move.rows:
             n = 1
             while (row + n < move.rows and self.slots[row + n] == self.slots[row] + n

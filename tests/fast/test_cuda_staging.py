@@ -72,6 +72,21 @@ def test_a_run_of_slots_is_one_copy_whatever_its_device_blocks_are(
     assert (found["kernels"], found["calls"], found["pieces"]) == (2, 4, 0)
 
 
+def test_slots_that_come_back_from_eviction_in_descending_order_are_one_copy(
+    make_rig: Callable[[FakeMemory], Rig], memory: FakeMemory
+) -> None:
+    rig = make_rig(memory)
+    for seed in range(SLOTS // 8):
+        rig.stored(seed, SCATTERED)
+    before = counted(rig)
+    keys = rig.stored("evicting", SCATTERED)
+    after = counted(rig)
+    assert after["kernels"] - before["kernels"] == 1
+    assert after["calls"] - before["calls"] == 2
+    assert rig.loaded(keys, DESCENDING) is True
+    assert [memory.read(block) for block in DESCENDING] == [content(i) for i in range(8)]
+
+
 def test_long_pieces_go_straight(
     make_rig: Callable[[FakeMemory], Rig], memory: FakeMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
