@@ -28,8 +28,7 @@ from kvbm.transfer.method import CopyMethod
 
 MIB = 1 << 20
 GROUP_SLOTS = 64
-SHORT = ("256 threads a CTA", "fitted", "fitted, loads first")
-LONG = (*SHORT, "fitted, whole groups, 2 streams")
+SHORT = ("256 threads a CTA", "fitted", "fitted, whole groups, 2 streams")
 
 
 def ways(shape: CacheShape) -> dict[str, CopyMethod]:
@@ -48,13 +47,11 @@ def ways(shape: CacheShape) -> dict[str, CopyMethod]:
         "256 threads a CTA, 128 CTAs": plain._replace(ctas=128),
         "fitted": fit,
         "fitted, twice the CTAs": fit._replace(ctas=2 * fit.ctas),
-        "fitted, loads first": fit._replace(loads_first=True),
         "fitted, 2 streams": fit._replace(streams=2, chunks_ahead=2),
         "fitted, 3 streams": fit._replace(streams=3, chunks_ahead=3),
         "fitted, 8 MiB": fit._replace(chunk_bytes=8 * MIB),
         "fitted, 32 MiB, 3 streams": fit._replace(chunk_bytes=32 * MIB, streams=3, chunks_ahead=3),
         "fitted, whole groups, 2 streams": group,
-        "fitted, whole groups, 2 streams, loads first": group._replace(loads_first=True),
     }
 
 
@@ -123,7 +120,7 @@ def main() -> None:
         for name in SHORT[:2]:
             found = two_lanes(shape, ways(shape)[name], COUNT, options.rounds)
             show(shape, f"{COUNT} blocks: {name}, a thread a direction", found, big)
-        compare(shape, LONG, options.count, options.rounds)
+        compare(shape, SHORT, options.count, options.rounds)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ BESIDE_SWEEP = (
     METHODS["batch"],
     METHODS["batch"]._replace(chunks_ahead=1, streams=1),
 )
+SHORT_PIECES = SHAPES[3]
 
 
 @dataclass
@@ -433,7 +434,10 @@ def main() -> None:
     parser.add_argument("--beside-sweep", action="store_true", help="chunks, and nothing else")
     options = parser.parse_args()
     if options.beside_sweep:
-        beside(options.rounds, [(SHAPES[0], method) for method in BESIDE_SWEEP])
+        plain = METHODS["staged"]
+        pairs = [(SHAPES[0], method) for method in BESIDE_SWEEP]
+        pairs += [(SHORT_PIECES, plain), (SHORT_PIECES, fitted(plain, SHORT_PIECES))]
+        beside(options.rounds, pairs)
         return
     rows: list[Row] = []
     extra: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

@@ -51,7 +51,6 @@ cdef class CudaBackend(CopyBackend):
     cdef uint32_t group_count
     cdef uint32_t chunks_ahead
     cdef uint32_t stream_count     # of a direction: chunks take turns
-    cdef bint loads_first          # their streams have a higher priority than those of stores
     cdef uint32_t flags
     cdef uint64_t block_bytes
     cdef uint64_t stage_bytes      # of a staging buffer: the largest chunk that goes through it

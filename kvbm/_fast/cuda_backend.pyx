@@ -448,7 +448,6 @@ cdef int CudaBackend_method(CudaBackend self, Group *group, method) except -1:
             self.stage_bytes = max(self.stage_bytes, group.chunk_rows * group.copier.block_bytes)
     group.ctas = method.ctas
     group.threads = method.threads
-    self.loads_first = method.loads_first
     self.chunks_ahead = method.chunks_ahead
     self.stream_count = method.streams
     return 0
@@ -458,17 +457,14 @@ cdef int CudaBackend_open(CudaBackend self) except -1:
     cdef CudaDevice device = self.device
     cdef Direction **directions = [&self.loads, &self.stores]
     cdef Direction *direction
-    cdef int least = 0, greatest = 0, priority
+    cdef int least = 0, greatest = 0
     cdef uint32_t i
     device.enter()
     device.check("cuCtxGetStreamPriorityRange", self.cuda.priority_range(&least, &greatest))
     for direction in directions[:2]:
-        priority = least  # lower numbers are higher priorities
-        if self.loads_first and direction == &self.loads:
-            priority = max(greatest, least - 1)
         for i in range(STREAMS_MAX):
             device.check("cuStreamCreateWithPriority", self.cuda.stream_create(
-                &direction.streams[i], KV_CU_STREAM_NON_BLOCKING, priority))
+                &direction.streams[i], KV_CU_STREAM_NON_BLOCKING, least))
         for i in range(CHUNKS_MAX):
             device.make_event(&direction.copied[i])
             device.make_event(&direction.chunk[i])

@@ -57,6 +57,7 @@ cdef extern from "cuda_driver.h" nogil:
         int (*error_name)(int error, const char **name) noexcept nogil
         int (*device_get)(int *device, int ordinal) noexcept nogil
         int (*device_name)(char *name, int length, int device) noexcept nogil
+        int (*device_uuid)(unsigned char *uuid, int device) noexcept nogil
         int (*device_bus_id)(char *id, int length, int device) noexcept nogil
         int (*context_retain)(kv_cu_context *context, int device) noexcept nogil
         int (*context_release)(int device) noexcept nogil
@@ -103,6 +104,7 @@ cdef class CudaDevice:
     cdef int device
     cdef bint retained
     cdef readonly int index
+    cdef readonly str library
     cdef readonly str name
     cdef list registered           # (address, bytes) of the host memory registered here
     cdef object memory_held        # keeps it mapped

@@ -56,6 +56,7 @@ cdef class CudaDevice:
         cdef bytes path = library.encode()
         self.registered = []
         self.index = index
+        self.library = library
         if kv_cuda_open(&self.cuda, path, problem, sizeof(problem)) != 0:
             raise CudaFault(problem.decode(errors="replace"))
         self.check(f"device {index}", self.cuda.device_get(&self.device, index))
@@ -97,6 +98,14 @@ cdef class CudaDevice:
                           self.cuda.event_create(event, KV_CU_EVENT_DISABLE_TIMING))
 
     @property
+    def uuid(self) -> str:
+        """The device's own number, 32 hexadecimal digits; empty if that is unknown."""
+        cdef unsigned char uuid[16]
+        if self.cuda.device_uuid(uuid, self.device) != KV_CU_SUCCESS:
+            return ""
+        return (<bytes>uuid[:16]).hex()
+
+    @property
     def bus_id(self) -> str:
         """Where the device is on the PCI bus, as "0000:3B:00.0"; empty if that is unknown."""
         cdef char bus_id[64]
@@ -129,6 +138,18 @@ cdef class CudaDevice:
                 or size == 0):
             return None
         return start, size
+
+    def allocate(self, count: int) -> int:
+        """Address of new device memory, for `free`; a `CudaFault` if there is no room."""
+        cdef kv_cu_pointer memory = 0
+        self.enter()
+        self.check(f"cuMemAlloc of {count} bytes", self.cuda.memory_allocate(&memory, count))
+        return memory
+
+    def free(self, address: int) -> None:
+        """Give memory of `allocate` back; nothing may be under way."""
+        self.enter()
+        self.check("cuMemFree", self.cuda.memory_free(address))
 
     def register(self, memory, offset: int, count: int) -> None:
         """Register a piece of host memory, so that copies to and from it need no host thread.

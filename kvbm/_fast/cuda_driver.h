@@ -73,6 +73,7 @@ _Static_assert(sizeof(kv_cu_batch_attribute) == 24, "CUmemcpyAttributes_v1");
     X(error_name, "cuGetErrorName", 12000, (kv_cu_result error, const char **name))                \
     X(device_get, "cuDeviceGet", 12000, (kv_cu_device *device, int ordinal))                       \
     X(device_name, "cuDeviceGetName", 12000, (char *name, int length, kv_cu_device device))        \
+    X(device_uuid, "cuDeviceGetUuid", 12000, (unsigned char uuid[16], kv_cu_device device))        \
     X(device_bus_id, "cuDeviceGetPCIBusId", 12000, (char *id, int length, kv_cu_device device))    \
     X(context_retain, "cuDevicePrimaryCtxRetain", 12000,                                           \
       (kv_cu_context *context, kv_cu_device device))                                               \

@@ -73,6 +73,12 @@ class Settings(BaseModel):
         True,
         "Copy blocks of many short pieces through buffers on the GPU, 128 MiB in all. 0: straight.",
     )
+    device_calibration: Truthy = _supported(
+        "DYN_KVBM_DEVICE_CALIBRATION",
+        True,
+        "Measure once a GPU below which size pieces are not copied straight, for some tenths of a "
+        "second, and keep it in `$XDG_CACHE_HOME/kvbm`. 0: assume what an H100 has.",
+    )
     disable_write_combined: FlagSet = _unneeded(
         "DYN_KVBM_DISABLE_WRITE_COMBINED",
         False,

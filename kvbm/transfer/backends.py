@@ -19,7 +19,8 @@ from kvbm._fast.cuda_backend import CudaBackend
 from kvbm._fast.cuda_device import DRIVER_LIBRARY, CudaDevice, CudaFault
 from kvbm._fast.host_backend import HostBackend
 from kvbm.errors import ConfigError, TransferError
-from kvbm.transfer.method import copy_method
+from kvbm.transfer import calibration
+from kvbm.transfer.method import Crossover, copy_method
 from kvbm.transfer.numa import cpus_near
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ class RankCopies:
         Write and verify checksums of slots.
     staged
         Short pieces may go through a buffer on the device.
+    calibrated
+        Measure the device, once, to choose between ways of copying.
     keep_alive
         Owner of the KV cache's memory.
 
@@ -148,6 +151,7 @@ class RankCopies:
         rank: int,
         checksum: bool = False,
         staged: bool = True,
+        calibrated: bool = False,
         keep_alive: object = None,
     ) -> None:
         self._layout = layout
@@ -171,24 +175,33 @@ class RankCopies:
         if device.kind == "cpu":
             self.backend = HostBackend(self.copiers, checksum=checksum)
         else:
-            self.backend = self._open_cuda(device, geometries, self.copiers, checksum, staged)
+            self.backend = self._open_cuda(device, geometries, checksum, staged, calibrated)
         self.backend.set_usable_slots(0)
 
     def _open_cuda(
         self,
         device: Device,
         geometries: Sequence[KvGeometry],
-        copiers: list[HostCopier],
         checksum: bool,
         staged: bool,
+        calibrated: bool,
     ) -> CopyBackend:
         try:
             cuda = CudaDevice(device.index, library=device.library)
+            limits: Crossover | None = None
+            if calibrated and cuda.has_batches and calibration.matters(geometries):
+                limits = calibration.crossover(cuda)
             methods = [
-                copy_method(g, cuda.allocation_of, has_batches=cuda.has_batches, staged=staged)
+                copy_method(
+                    g,
+                    cuda.allocation_of,
+                    has_batches=cuda.has_batches,
+                    staged=staged,
+                    crossover=limits,
+                )
                 for g in geometries
             ]
-            backend = CudaBackend(cuda, copiers, methods, checksum=checksum)
+            backend = CudaBackend(cuda, self.copiers, methods, checksum=checksum)
         except CudaFault as fault:
             raise TransferError(f"CUDA device {device.index} cannot be used: {fault}") from fault
         self._cuda = cuda

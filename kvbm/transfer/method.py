@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a CUDA backend moves the bytes of a KV-cache group: a pure choice, from shape and driver.
 
+The sizes at which one way becomes better than another are measured on each device
+(kvbm/transfer/calibration.py); here are those of the device that the rest was found on.
+
 What it knows of the bus, measured on one H100 with PCIe 5 (512 random blocks, GB/s device to host /
 host to device; one big copy reaches 55 / 54; us are CPU time a block):
 
@@ -40,7 +43,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from kvbm.transfer.geometry import KvGeometry
 
-__all__ = ["CopyMethod", "copy_method", "uniform_pitch"]
+__all__ = ["CopyMethod", "Crossover", "copy_method", "kernel_shape", "uniform_pitch"]
 
 MAX_PITCH_BYTES = 2**31 - 1
 """What the driver takes (CU_DEVICE_ATTRIBUTE_MAX_PITCH of all devices so far)."""
@@ -82,6 +85,21 @@ Allocation = tuple[int, int]
 """Begin and size of an allocation, in bytes."""
 
 
+class Crossover(NamedTuple):
+    """Sizes of a piece from which on it goes straight: those of an H100, or of this device.
+
+    Attributes
+    ----------
+    staged_below_bytes
+        Shorter pieces, on the average of a chunk, go through the staging buffer.
+    pitched_below_bytes
+        Shorter pieces go as 2D copies where the regions have one pitch.
+    """
+
+    staged_below_bytes: int = STAGED_BELOW_BYTES
+    pitched_below_bytes: int = PITCHED_BELOW_BYTES
+
+
 class CopyMethod(NamedTuple):
     """How pieces are submitted for one KV-cache group.
 
@@ -104,8 +122,6 @@ class CopyMethod(NamedTuple):
         there is a pitch.
     ctas, threads
         Of the kernel that works on the staging buffer, and of each of its CTAs.
-    loads_first
-        Streams of loads have a higher priority than those of stores.
     """
 
     pitch_bytes: int
@@ -118,7 +134,6 @@ class CopyMethod(NamedTuple):
     staged_stores_below_bytes: int = 0
     ctas: int = STAGED_THREADS // CTA_THREADS_MAX
     threads: int = CTA_THREADS_MAX
-    loads_first: bool = False
 
 
 def uniform_pitch(geometry: KvGeometry, allocation_of: Callable[[int], Allocation | None]) -> int:
@@ -176,6 +191,7 @@ def copy_method(
     *,
     has_batches: bool = True,
     staged: bool = True,
+    crossover: Crossover | None = None,
 ) -> CopyMethod:
     """Choose how a group's pieces are submitted.
 
@@ -187,13 +203,16 @@ def copy_method(
         Whether the driver takes many copies in one call; without, a 2D copy is always better.
     staged
         Whether chunks may go through a staging buffer.
+    crossover
+        What was measured of the device; by default what was of an H100.
     """
     pitch = uniform_pitch(geometry, allocation_of)
-    staged_below = STAGED_BELOW_BYTES if staged and not pitch else 0
+    limits = crossover or Crossover(STAGED_BELOW_BYTES, PITCHED_BELOW_BYTES)
+    staged_below = limits.staged_below_bytes if staged and not pitch else 0
     ctas, threads = kernel_shape(geometry.regions[0].chunk_bytes)
     return CopyMethod(
         pitch_bytes=pitch,
-        pitched_below_bytes=PITCHED_BELOW_BYTES if has_batches else 2**63,
+        pitched_below_bytes=limits.pitched_below_bytes if has_batches else 2**63,
         segments=SEGMENTS,
         chunk_bytes=CHUNK_BYTES,
         chunks_ahead=STAGED_CHUNKS_AHEAD if staged_below else CHUNKS_AHEAD,

@@ -225,6 +225,7 @@ class Worker:
             rank=self.place.rank,
             checksum=self.settings.verify_host,
             staged=self.settings.device_staging,
+            calibrated=self.settings.device_calibration,
             keep_alive=self._keep_alive,
         )
         self._rank_copies = copies

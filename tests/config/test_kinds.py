@@ -34,6 +34,7 @@ EXPECTED: dict[str, tuple[Any, list[tuple[str, Any]], list[str]]] = {
     "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": (0, BLOCKS, NO_BLOCKS),
     "DYN_KVBM_VERIFY_HOST": (False, WORDS, NO_WORDS),
     "DYN_KVBM_DEVICE_STAGING": (True, WORDS, NO_WORDS),
+    "DYN_KVBM_DEVICE_CALIBRATION": (True, WORDS, NO_WORDS),
     "DYN_KVBM_DISABLE_WRITE_COMBINED": (False, ANY, []),
     "DYN_KVBM_ENABLE_NUMA": (None, [("1", "1"), ("maybe", "maybe")], []),
     "DYN_MEMORY_DISABLE_NUMA": (False, WORDS, NO_WORDS),

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "cuda_staging.h"
 
@@ -48,7 +49,7 @@ static stream streams[STREAMS]; /* 0 is the null stream */
 static int stream_count = 1, held, held_kernel, waits_ignored, batches = 1;
 static span registered[SPANS], allocations[SPANS];
 static int registered_count, allocation_count, events_alive, contexts_alive, streams_alive;
-static int memories_alive, modules_alive, kernels_launched, priorities;
+static int memories_alive, modules_alive, kernels_launched;
 static char failing[64];
 static int fail_after, fail_times, fail_error;
 
@@ -65,6 +66,13 @@ static int fails(const char *symbol) {
     pthread_mutex_unlock(&lock);                                                                   \
     return error
 
+static int64_t piece_ns, kernel_ns, pitched_ns; /* what a call takes */
+static void take(int64_t ns) {
+    struct timespec begin, now;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    do clock_gettime(CLOCK_MONOTONIC, &now);
+    while ((now.tv_sec - begin.tv_sec) * 1000000000LL + now.tv_nsec - begin.tv_nsec < ns);
+}
 static int inside(const span *spans, int count, const uint8_t *at, size_t bytes) {
     for (int i = 0; i < count; i++)
         if (at >= spans[i].at && at + bytes <= spans[i].at + spans[i].bytes) return 1;
@@ -145,6 +153,11 @@ static int device_name(char *name, int length, int device) {
     snprintf(name, (size_t)length, "simulated device");
     return OK;
 }
+static int device_uuid(unsigned char uuid[16], int device) {
+    ENTER("cuDeviceGetUuid");
+    memset(uuid, 0xA0 + device, 16);
+    LEAVE;
+}
 static int device_bus_id(char *id, int length, int device) {
     ENTER("cuDeviceGetPCIBusId");
     (void)device;
@@ -166,13 +179,12 @@ static int stream_create(stream **s, unsigned int flags, int priority) {
     int free_one = 0;
     for (int i = 1; i < STREAMS && !free_one; i++)
         if (streams[i].commands == NULL) free_one = i;
-    if (flags != 1 || priority > 0 || priority < -5 || !free_one) error = INVALID_VALUE;
+    if (flags != 1 || priority != 0 || !free_one) error = INVALID_VALUE;
     if (error == OK) {
         *s = &streams[free_one];
         (*s)->commands = calloc(COMMANDS, sizeof(command));
         if (free_one >= stream_count) stream_count = free_one + 1;
         streams_alive++;
-        priorities += priority;
     }
     LEAVE;
 }
@@ -259,6 +271,7 @@ static int copy_one(uint8_t *to, uint8_t *source, size_t bytes, stream *s) {
 }
 static int copy_pitched(const copy_2d *c, stream *s) {
     ENTER("cuMemcpy2DAsync");
+    take(pitched_ns);
     uint8_t *to = c->to_kind == 1 ? c->to_host : c->to_device;
     uint8_t *source = c->source_kind == 1 ? c->source_host : c->source_device;
     uint8_t *device = c->to_kind == 1 ? source : to;
@@ -275,6 +288,7 @@ static int copy_batch(uint8_t **to, uint8_t **source, size_t *bytes, size_t coun
                       const int *attribute, size_t *indices, size_t attributes, size_t *failed,
                       stream *s) {
     ENTER("cuMemcpyBatchAsync");
+    take(piece_ns * (int64_t)count);
     if (s == NULL || attributes != 1 || indices[0] != 0 || (*attribute != 1 && *attribute != 3))
         error = INVALID_VALUE;
     for (size_t i = 0; error == OK && i < count; i++) {
@@ -328,6 +342,7 @@ static int launch(const void *function, unsigned int grid_x, unsigned int grid_y
                   unsigned int block_z, unsigned int shared_bytes, stream *s, void **parameters,
                   void **extra) {
     ENTER("cuLaunchKernel");
+    take(kernel_ns);
     const kv_move *move = parameters[0];
     if (function == NULL || extra != NULL || shared_bytes != 0 || grid_x == 0 ||
         block_x == 0 || block_x > KV_MOVE_THREADS || block_x % 32 != 0 ||
@@ -348,7 +363,7 @@ int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64
     const struct { const char *symbol; void *function; } table[] = {
         {"cuInit", init}, {"cuDriverGetVersion", driver_version}, {"cuGetErrorName", error_name},
         {"cuDeviceGet", device_get}, {"cuDeviceGetName", device_name},
-        {"cuDeviceGetPCIBusId", device_bus_id},
+        {"cuDeviceGetUuid", device_uuid}, {"cuDeviceGetPCIBusId", device_bus_id},
         {"cuDevicePrimaryCtxRetain", context_retain},
         {"cuDevicePrimaryCtxRelease", context_release}, {"cuCtxSetCurrent", context_set},
         {"cuCtxGetStreamPriorityRange", priority_range},
@@ -380,7 +395,7 @@ int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64
 void fake_reset(int with_batches) {
     batches = with_batches;
     allocation_count = held = held_kernel = waits_ignored = fail_times = kernels_launched = 0;
-    priorities = 0;
+    piece_ns = kernel_ns = pitched_ns = 0;
 }
 void fake_hold(int on) { pthread_mutex_lock(&lock); held = on; pthread_mutex_unlock(&lock); }
 void fake_hold_kernel(int number) {
@@ -408,7 +423,11 @@ void fake_kernel(uint8_t *to, int value, size_t bytes) {
     c->bytes = bytes;
     pthread_mutex_unlock(&lock);
 }
-int fake_priorities(void) { return priorities; }
+void fake_costs(int64_t piece, int64_t kernel, int64_t pitched) {
+    piece_ns = piece;
+    kernel_ns = kernel;
+    pitched_ns = pitched;
+}
 void fake_run(void) { pthread_mutex_lock(&lock); advance(); pthread_mutex_unlock(&lock); }
 int fake_alive(void) {
     return registered_count + events_alive + contexts_alive + streams_alive + memories_alive +

@@ -65,10 +65,11 @@ class FakeCuda:
         """Make a function fail ``times`` times, after ``after`` more good calls."""
         self._library.fake_fail(symbol.encode(), after, times, error)
 
-    @property
-    def priorities(self) -> int:
-        """Sum of the priorities of all streams that were made; lower ones go first."""
-        return int(self._library.fake_priorities())
+    def costs(self, *, piece: float = 0.0, kernel: float = 0.0, pitched: float = 0.0) -> None:
+        """Say how many seconds a piece of a batch, a kernel and a 2D copy take to submit."""
+        self._library.fake_costs(
+            *(ctypes.c_int64(int(cost * 1e9)) for cost in (piece, kernel, pitched))
+        )
 
     @property
     def alive(self) -> int:

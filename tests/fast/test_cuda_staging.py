@@ -115,18 +115,6 @@ def test_a_pitch_is_preferred(make_rig: Callable[[FakeMemory], Rig]) -> None:
     assert rig.copies.backend.staging_bytes == 0
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_streams_of_loads_may_have_a_higher_priority(
-    make_rig: Callable[[FakeMemory], Rig],
-    memory: FakeMemory,
-    monkeypatch: pytest.MonkeyPatch,
-    first: bool,
-) -> None:
-    monkeypatch.setattr(method.CopyMethod.__new__, "__defaults__", (0, 0, 32, 256, first))
-    assert comes_back(make_rig(memory), SCATTERED, DESCENDING)
-    assert memory.cuda.priorities == (-4 if first else 0)
-
-
 @pytest.mark.parametrize("symbol", ["cuMemAlloc", "cuModuleLoadData", "cuModuleGetFunction"])
 def test_without_buffer_or_kernel_pieces_go_straight(
     make_rig: Callable[[FakeMemory], Rig],
