@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from kvbm._fast import contract
+from kvbm.inspect.latency import latency_rows
 from kvbm.inspect.live import WINDOWS, LiveSegment, Rates, Sweep
 
 Row = dict[str, Any]
@@ -32,7 +33,8 @@ def frame(live: LiveSegment, rates: Rates, disk: Followed | None = None) -> Row:
     dict
         Values that JSON can carry: `instance`, `age_seconds`, `recovering`, `pools` (name to `used`
         and `total`), `blocks` (state to number, and `held`), `windows` (`seconds`, `hit_rate`,
-        `per_second` of each counter), `operations`, the oldest first, `participants`, `prefixes`;
+        `per_second` of each counter), `operations`, the oldest first, `participants`, `prefixes`,
+        `used` (prefixes at which most matches ended), `latencies` (of all transfers so far);
         `disk`: `blocks` and `windows` of the disk tier, None if there is none.
     """
     swept = live.sweep()
@@ -52,6 +54,11 @@ def frame(live: LiveSegment, rates: Rates, disk: Followed | None = None) -> Row:
             {"digest": live.digest(block), "blocks": position + 1, "continuations": children}
             for children, block, position, _ in swept.branching
         ],
+        "used": [
+            {"digest": live.digest(block), "blocks": position + 1, "matches": matches}
+            for matches, block, position in swept.used
+        ],
+        "latencies": latency_rows(live.histograms()),
         "disk": None if disk is None else _disk(*disk),
     }
 

@@ -53,12 +53,15 @@ class Sweep:
         Blocks that each leader holds.
     branching : list of tuple
         The blocks with most children: children, block, position, tick.
+    used : list of tuple
+        The blocks at which most matches ended: matches, block, position.
     """
 
     states: list[int] = field(default_factory=lambda: [0] * 8)
     held: int = 0
     pins: list[int] = field(default_factory=lambda: [0] * contract.LEADERS)
     branching: list[tuple[int, int, int, int]] = field(default_factory=list)
+    used: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class LiveSegment:
@@ -207,7 +210,10 @@ class LiveSegment:
         """Read the next piece of the block table; returns what the last whole turn has found."""
         begin, length = self._at, self.shape.block_capacity
         self._at = min(begin + count, length)
-        self._sweep_piece(self._read("blocks", begin, self._at - begin), begin)
+        blocks = self._read("blocks", begin, self._at - begin)
+        self._sweep_piece(blocks, begin)
+        if count <= SWEEP_BLOCKS:  # who reads it all at once has no use for them
+            self._sweep_uses(blocks["word"], begin)
         if self._at == length:
             self.swept, self._found, self._at = self._found, Sweep(), 0
         return self.swept
@@ -242,6 +248,17 @@ class LiveSegment:
             tick = int(part(blocks["recency"][place], "recency", "tick"))
             found.branching.append((int(children[place]), block, position, tick))
         found.branching = sorted(found.branching, reverse=True)[:5]
+
+    def _sweep_uses(self, words: Counters, begin: int) -> None:
+        cold = self._read("cold", begin, len(words))
+        uses = np.where(part(words, "block", "state") == 2, cold["uses"], 0)
+        least = self._found.used[-1][0] if len(self._found.used) >= 5 else 0
+        places = np.flatnonzero(uses > least)
+        places = places[np.argsort(-uses[places].astype(np.int64), kind="stable")][:5]
+        for place in places.tolist():
+            entry = (int(uses[place]), begin + place, int(cold["position"][place]))
+            self._found.used.append(entry)
+        self._found.used = sorted(self._found.used, reverse=True)[:5]
 
     def digest(self, block: int) -> str:
         """Digest of a block, hexadecimal."""

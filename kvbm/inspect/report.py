@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kvbm._fast import contract
 from kvbm.inspect.decode import Mask, Segment, name_of
+from kvbm.inspect.latency import latency_rows
 from kvbm.inspect.records import part
 from kvbm.tiers.disk_device import DiskDevice
 
@@ -114,6 +115,7 @@ def summary(segment: Segment) -> Row:
         "workers": sum(line["role"] == "worker" for line in lines),
         "dead": sum(line["alive"] is False for line in lines),
         "counters": segment.counters(),
+        "latencies": latency_rows(segment.array("histograms")),
         "arenas": [
             {
                 "rank": rank,
@@ -274,7 +276,7 @@ class Filter:
     descending: bool = False
 
 
-SORTS = ("block", "age", "tick", "children", "position", "slot", "generation")
+SORTS = ("block", "age", "tick", "children", "position", "slot", "generation", "uses")
 
 
 def select_blocks(segment: Segment, wanted: Filter) -> npt.NDArray[np.int64]:
@@ -313,6 +315,7 @@ def select_blocks(segment: Segment, wanted: Filter) -> npt.NDArray[np.int64]:
         "position": blocks.position,
         "slot": blocks.slot[:, 0],
         "generation": blocks.generation,
+        "uses": blocks.uses,
     }
     if wanted.sort in columns:
         chosen = chosen[np.argsort(columns[wanted.sort][chosen], kind="stable")]
@@ -346,6 +349,7 @@ def block_row(segment: Segment, block: int) -> Row:
         "priority": int(blocks.priority[block]),
         "tick": int(blocks.tick[block]),
         "age_seconds": segment.age_seconds(int(blocks.registered_ns[block])),
+        "uses": int(blocks.uses[block]),
         "sequence_hash": f"{int(blocks.sequence_hash[block]):#018x}",
         "placements": placements,
     }

@@ -96,6 +96,7 @@ BLOCK_COLUMNS = (
     Column("host", 9, lambda r: placement(r, "host")),
     Column("disk", 9, lambda r: placement(r, "disk")),
     Column("age", 7, lambda r: duration(r["age_seconds"])),
+    Column("uses", 6, lambda r: r["uses"]),
 )
 
 OPERATION_COLUMNS = (
@@ -199,6 +200,7 @@ def _life_lines(row: Row) -> Iterator[str]:
     operations = ", ".join(f"{count} {name}" for name, count in row["operations"].items())
     yield f"operations   {operations or 'none in flight'}"
     yield f"hit rate     {percent(row['hit_rate'])} of the blocks looked up"
+    yield from latency_lines(row["latencies"])
     yield "counters"
     yield from _counter_lines(row["counters"])
 
@@ -262,6 +264,29 @@ def _slab_lines(slab: Row) -> Iterator[str]:
     )
     if slab["fingerprint"] is not None:
         yield f"  made for   {slab['fingerprint']}, key epoch {slab['key_epoch']}"
+
+
+def short_time(seconds: float | None) -> str:
+    """A time between microseconds and minutes, in three digits; a dash if there is none."""
+    if seconds is None:
+        return "-"
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def latency_lines(rows: list[Row]) -> Iterator[str]:
+    """What transfers took so far, a line a kind."""
+    if rows:
+        yield f"{'transfers done':<16}{'count':>10}  {'p50':>8}  {'p99':>8}   copy p50  copy p99"
+    for row in rows:
+        times = [row[f"{what}_seconds"] for what in ("total_p50", "total_p99")]
+        copies = [row[f"{what}_seconds"] for what in ("copy_p50", "copy_p99")]
+        cells = "  ".join(f"{short_time(seconds):>8}" for seconds in times)
+        yield f"  {row['kind']:<14}{row['count']:>10}  {cells}   " + "  ".join(
+            f"{short_time(seconds):>8}" for seconds in copies
+        )
 
 
 def detail_lines(row: Row) -> Iterator[str]:

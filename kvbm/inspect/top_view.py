@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvbm.inspect.text import bar, duration, percent
+from kvbm.inspect.text import bar, duration, latency_lines, percent
 
 OPERATIONS_SHOWN = 8
 
@@ -28,10 +28,12 @@ def screen(frame: Row) -> list[str]:
         *_hits(frame["windows"]),
         "",
         *_transfers(frame),
+        *latency_lines(frame["latencies"]),
         "",
         *_participants(frame["participants"]),
         "",
         *_prefixes(frame["prefixes"]),
+        *_used(frame["used"]),
     ]
 
 
@@ -61,6 +63,7 @@ def _hits(windows: list[Row]) -> Iterator[str]:
         ("blocks stored a second", "blocks_stored"),
         ("blocks loaded a second", "blocks_loaded"),
         ("blocks evicted a second", "evicted"),
+        ("  to make room", "evicted_capacity"),
         ("stores skipped a second", "skipped_no_slot"),
     ):
         yield f"{text:<24}" + "".join(f"{w['per_second'][name]:>12.1f}" for w in windows)
@@ -102,3 +105,10 @@ def _prefixes(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         length, continuations = row["blocks"], row["continuations"]
         yield f"  {row['digest'][:16]}  {length:>6} blocks long, {continuations} continuations"
+
+
+def _used(rows: list[Row]) -> Iterator[str]:
+    if rows:
+        yield "prefixes at which most matches ended"
+    for row in rows:
+        yield f"  {row['digest'][:16]}  {row['blocks']:>6} blocks long, {row['matches']} matches"

@@ -27,6 +27,7 @@ look-ups a second 0.0 0.0 0.0
 blocks stored a second 0.0 0.0 0.0
 blocks loaded a second 0.0 0.0 0.0
 blocks evicted a second 0.0 0.0 0.0
+to make room 0.0 0.0 0.0
 stores skipped a second 0.0 0.0 0.0
 
 stored 0.00 MB/s 0.00 MB/s 0.00 MB/s
@@ -40,7 +41,9 @@ worker 0.0 PID yes 1
 worker 0.1 PID yes 1
 
 prefixes that most others begin with
-d863fc5301d33d68 6 blocks long, 2 continuations"""
+d863fc5301d33d68 6 blocks long, 2 continuations
+prefixes at which most matches ended
+0e93688955c8f6b3 5 blocks long, 1 matches"""
 
 
 def test_the_screen_shows_everything_once(sample: Sample) -> None:
