@@ -36,6 +36,7 @@ METRICS: dict[str, tuple[str, float, str]] = {
     "kvbm_lookup_blocks": ("lookup_blocks", 1.0, "Blocks looked up beyond the device's prefix."),
     "kvbm_matched_blocks": ("matched_blocks", 1.0, "Blocks of these that were found."),
     "kvbm_evicted_blocks": ("evicted", 1.0, "Blocks evicted from the cache."),
+    "kvbm_deduplicated_blocks": ("deduplicated", 1.0, "Blocks not stored: they were there."),
     "kvbm_offload_bytes": ("bytes_stored", 1.0, "Bytes copied from device to host."),
     "kvbm_onboard_bytes": ("bytes_loaded", 1.0, "Bytes copied from host to device."),
     "kvbm_offload_seconds": ("store_ns", 1e-9, "Time spent copying from device to host."),
