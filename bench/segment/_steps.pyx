@@ -9,6 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
+from kvbm._fast.atomics cimport kv_u64_load_relaxed
 from kvbm._fast.blocks cimport (
     PUBLISHED,
     Reservation,
@@ -20,8 +21,8 @@ from kvbm._fast.blocks cimport (
 from kvbm._fast.eviction cimport evictor_take
 from kvbm._fast.index cimport index_find
 from kvbm._fast.keys cimport Keys
-from kvbm._fast.layout cimport KV_C_EVICTED_CAPACITY, KV_NONE, KV_POOL_BLOCKS, KV_POOL_HOST
-from kvbm._fast.pool cimport pool_give_back
+from kvbm._fast.layout cimport KV_C_EVICTED_CAPACITY, KV_NONE
+from kvbm._fast.supply cimport supply_give_back, supply_leave
 from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
 
 cdef uint64_t ROOT = 0xFFFFFFFFFFFFFFFFULL
@@ -74,8 +75,7 @@ cdef class Steps:
             if not evictor_take(t.view, &t.evictor, KV_C_EVICTED_CAPACITY, &block, &slot):
                 structure_exit(t.view)
                 raise RuntimeError("nothing can be evicted")
-            pool_give_back(t.view, KV_POOL_BLOCKS, block)
-            pool_give_back(t.view, KV_POOL_HOST, slot)
+            supply_give_back(t.view, &t.supply, block, slot)
             now = monotonic_ns()
             spent[i] = <uint32_t>min(now - last, 0xFFFFFFFF)
             last = now
@@ -91,6 +91,7 @@ cdef class Steps:
         cdef BlockTable t = self.table
         cdef bint done = True
         memset(&what, 0, sizeof(what))
+        what.tick = kv_u64_load_relaxed(&t.view.header.tick)
         t.mix(keys)
         if not structure_enter(t.view):
             raise RuntimeError("a recovery is under way")
@@ -110,7 +111,7 @@ cdef class Steps:
             now = monotonic_ns()
             spent[i] = <uint32_t>min(now - last, 0xFFFFFFFF)
             last = now
-        t.give_back_runs()
+        supply_leave(t.view, &t.supply)
         structure_exit(t.view)
         self.cpu = cpu_ns() - cpu
         if not done:

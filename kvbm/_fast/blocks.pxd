@@ -13,12 +13,14 @@ cdef struct Reservation:     # what a new block is made of
     uint64_t digest_lo
     uint64_t digest_hi
     uint64_t sequence_hash
+    uint64_t tick            # of the call; the clock's line is everybody's, so it is read once
     uint32_t parent          # block or KV_NONE
     uint32_t parent_generation
     uint32_t priority
     uint32_t position
     uint32_t group
 
+cdef void block_prefetch(kv_view *view, uint32_t block) noexcept nogil
 cdef bint structure_enter(kv_view *view) noexcept nogil
 cdef void structure_exit(kv_view *view) noexcept nogil
 cdef bint block_pin(kv_view *view, uint32_t block, uint64_t lo, uint64_t hi) noexcept nogil

@@ -11,10 +11,11 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvbm._fast.atomics cimport (
     kv_au32,
+    kv_prefetch,
     kv_u32_load_relaxed,
     kv_u32_load_seq_cst,
-    kv_u32_store_release,
     kv_u32_store_relaxed,
+    kv_u32_store_release,
     kv_u32_store_seq_cst,
     kv_u64_cas_acq_rel,
     kv_u64_load_acquire,
@@ -65,6 +66,12 @@ cdef uint64_t monotonic_ns() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+cdef void block_prefetch(kv_view *view, uint32_t block) noexcept nogil:
+    """Ask for both lines of a block that will be reserved or evicted soon."""
+    kv_prefetch(&view.blocks[block])
+    kv_prefetch(&view.cold[block])
 
 
 cdef bint structure_enter(kv_view *view) noexcept nogil:
@@ -163,7 +170,7 @@ cdef bint block_reserve(kv_view *view, uint32_t block, uint32_t slot, const Rese
     kv_u32_store_relaxed(&b.parent, 0 if what.parent == KV_NONE else what.parent + 1)
     kv_u32_store_relaxed(&b.parent_generation, what.parent_generation)
     kv_u64_store_relaxed(&b.recency,
-                         kv_recency_make(what.priority, kv_u64_load_relaxed(&view.header.tick)))
+                         kv_recency_make(what.priority, what.tick))
     kv_u64_store_relaxed(&cold.sequence_hash, what.sequence_hash)
     kv_u32_store_relaxed(&cold.position, what.position)
     kv_u32_store_relaxed(&cold.group, what.group)

@@ -8,7 +8,6 @@ from kvbm._fast.table cimport BlockTable
 
 cdef class DiskTable(BlockTable):
     cdef bint is_run(self, list found, Keys keys, Py_ssize_t start) except -1
-    cdef void give_back(self, uint32_t block, uint32_t slot) noexcept nogil
     cdef bint restore_block(self, const kv_slab_header *header, uint64_t tick) noexcept nogil
 
 

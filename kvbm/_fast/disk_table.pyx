@@ -14,6 +14,7 @@ from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
     kv_u64_fetch_add_relaxed,
     kv_u64_load_acquire,
+    kv_u64_load_relaxed,
 )
 from kvbm._fast.blocks cimport (
     ALREADY,
@@ -44,6 +45,7 @@ from kvbm._fast.layout cimport (
 )
 from kvbm._fast.pool cimport pool_give_back, pool_take_one, pool_take_run
 from kvbm._fast.slab cimport kv_slab_header
+from kvbm._fast.supply cimport supply_give_back, supply_leave
 from kvbm._fast.table cimport BlockTable, make_ref
 
 import os
@@ -100,7 +102,7 @@ cdef class DiskTable(BlockTable):
         for i in range(count):
             header = <const kv_slab_header *>&raw[i * sizeof(kv_slab_header)]
             restored += self.restore_block(header, base + age[i])
-        self.give_back_runs()
+        supply_leave(self.view, &self.supply)
         structure_exit(self.view)
         return restored
 
@@ -110,6 +112,7 @@ cdef class DiskTable(BlockTable):
         cdef uint64_t word
         cdef int result
         memset(&what, 0, sizeof(what))
+        what.tick = kv_u64_load_relaxed(&self.view.header.tick)
         what.digest_lo, what.digest_hi = header.digest_lo, header.digest_hi
         what.sequence_hash, what.position = header.sequence_hash, header.position
         what.group = header.group
@@ -124,7 +127,7 @@ cdef class DiskTable(BlockTable):
         if not pool_take_one(self.view, KV_POOL_HOST, header.slot):
             return False
         if pool_take_run(self.view, KV_POOL_BLOCKS, 1, self.view.shape.block_capacity,
-                         &self.record_cursor, &record) == 0:
+                         &self.supply.record_cursor, &record) == 0:
             pool_give_back(self.view, KV_POOL_HOST, header.slot)
             return False
         if not block_reserve(self.view, record, header.slot, &what, &generation):
@@ -204,27 +207,23 @@ cdef class DiskTable(BlockTable):
                 kv_count(self.view, KV_C_EVICTED, 1)
                 kv_count(self.view, KV_C_EVICTED_UNREADABLE, 1)
                 if i != at:
-                    self.give_back(block, slot)
+                    supply_give_back(self.view, &self.supply, block, slot)
             if end == at or slot == KV_NONE:
                 return True, None
             if parent != KV_NONE:
                 evictor_offer(self.view, &self.evictor, parent)
             memset(&what, 0, sizeof(what))
+            what.tick = kv_u64_load_relaxed(&self.view.header.tick)
             what.digest_lo = int.from_bytes(name[:8], "little")
             what.digest_hi = int.from_bytes(name[8:], "little")
             what.parent = KV_NONE
             if not block_reserve(self.view, block, slot, &what, &generation):
-                self.give_back(block, slot)
+                supply_give_back(self.view, &self.supply, block, slot)
                 return True, None
             self.pins[block] = 1
             return True, make_ref(block, generation)
         finally:
             structure_exit(self.view)
-
-    cdef void give_back(self, uint32_t block, uint32_t slot) noexcept nogil:
-        pool_give_back(self.view, KV_POOL_BLOCKS, block)
-        if slot != KV_NONE:
-            pool_give_back(self.view, KV_POOL_HOST, slot)
 
     def hold_again(self, ref: int) -> int:
         """Hold a block that this leader holds once more; returns `ref`."""

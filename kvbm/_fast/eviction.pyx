@@ -27,12 +27,11 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from kvbm._fast.atomics cimport (
-    kv_prefetch,
     kv_u32_load_relaxed,
     kv_u64_load_acquire,
     kv_u64_load_relaxed,
 )
-from kvbm._fast.blocks cimport block_evict, monotonic_ns
+from kvbm._fast.blocks cimport block_evict, block_prefetch, monotonic_ns
 from kvbm._fast.index cimport index_prefetch
 from kvbm._fast.layout cimport (
     KV_C_EVICTED,
@@ -244,7 +243,7 @@ cdef inline void foresee(kv_view *view, uint32_t block) noexcept nogil:
     index_prefetch(view, kv_u64_load_relaxed(&p.digest_lo), kv_u64_load_relaxed(&p.digest_hi))
     grandparent = kv_u32_load_relaxed(&p.parent)
     if grandparent != 0 and grandparent <= view.shape.block_capacity:
-        kv_prefetch(&view.blocks[grandparent - 1])
+        block_prefetch(view, grandparent - 1)
 
 
 cdef bint evictor_take(kv_view *view, Evictor *e, kv_counter reason, uint32_t *block,

@@ -63,6 +63,7 @@ from kvbm._fast.operations cimport (
     rings_room,
 )
 from kvbm._fast.segment cimport Segment
+from kvbm._fast.supply cimport supply_leave
 from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
 
 PARENT_SECS = 5.0
@@ -151,6 +152,7 @@ cdef class OperationTable(BlockTable):
         ref = self.parent_ref(parent, start)
         self.begin()
         memset(&what, 0, sizeof(what))
+        what.tick = kv_u64_load_relaxed(&self.view.header.tick)
         what.priority = priority
         what.group = keys.group
         if not structure_enter(self.view):
@@ -192,7 +194,7 @@ cdef class OperationTable(BlockTable):
             self.discard(pending, pending_count)
             raise
         finally:
-            self.give_back_runs()
+            supply_leave(self.view, &self.supply)
             structure_exit(self.view)
         self.submit_all(pending, pending_count, handles)
         return handles, i, None if ref == NO_REF else ref

@@ -3,8 +3,8 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvbm._fast.layout cimport kv_view
 
-cdef struct PoolCursor:      # one process's memory of where it last found free bits; a hint
-    uint32_t summary_index
+cdef struct PoolCursor:      # where one process last took or gave back bits: it looks there first
+    uint32_t word_index
 
 cdef uint32_t pool_take_run(kv_view *view, int pool, uint32_t wanted, uint32_t limit,
                             PoolCursor *cursor, uint32_t *first) noexcept nogil

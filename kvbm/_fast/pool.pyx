@@ -92,8 +92,12 @@ cdef uint32_t pool_take_run(kv_view *view, int pool, uint32_t wanted, uint32_t l
         limit = p.capacity
     if limit == 0 or wanted == 0:
         return 0
+    if cursor.word_index < p.word_count:
+        length = take_from_word(p, cursor.word_index, wanted, limit, first)
+        if length != 0:
+            return length
     for looked in range(p.summary_count):
-        summary_index = (cursor.summary_index + looked) % p.summary_count
+        summary_index = (cursor.word_index // 64 + looked) % p.summary_count
         hints = kv_u64_load_acquire(&p.summary[summary_index])
         while hints != 0:
             word_index = summary_index * 64 + <uint32_t>kv_ctz64(hints)
@@ -102,7 +106,7 @@ cdef uint32_t pool_take_run(kv_view *view, int pool, uint32_t wanted, uint32_t l
                 break
             length = take_from_word(p, word_index, wanted, limit, first)
             if length != 0:
-                cursor.summary_index = summary_index
+                cursor.word_index = word_index
                 return length
     return 0
 

@@ -5,17 +5,12 @@ from kvbm._fast.blocks cimport Reservation
 from kvbm._fast.eviction cimport Evictor
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport kv_view
-from kvbm._fast.pool cimport PoolCursor
 from kvbm._fast.segment cimport Segment
+from kvbm._fast.supply cimport Supply
 
 
 cdef enum:
     KEYS_AHEAD = 2                 # whose index lines are asked for while a block is reserved
-
-
-cdef struct FreeRun:             # neighbouring free indices taken from a pool but not used yet
-    uint32_t first
-    uint32_t count
 
 
 cdef class BlockTable:
@@ -23,22 +18,15 @@ cdef class BlockTable:
     cdef kv_view *view
     cdef uint32_t *pins          # how often this leader holds each block
     cdef Evictor evictor
-    cdef PoolCursor record_cursor
-    cdef PoolCursor slot_cursor
-    cdef FreeRun records
-    cdef FreeRun slots
-    cdef bint pool_is_empty      # in the call in progress; a look costs a read for 4096 slots
+    cdef Supply supply
 
     cdef int mix(self, Keys keys) except -1
     cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
     cdef int prefetch(self, Keys keys, Py_ssize_t i, Py_ssize_t end) except -1
     cdef bint hold_parent(self, uint64_t ref) noexcept nogil
     cdef void let_go(self, uint64_t ref, uint64_t tick) noexcept nogil
-    cdef uint32_t usable_slots(self) noexcept nogil
-    cdef bint take_block(self, uint32_t wanted, uint32_t *record, uint32_t *slot) noexcept nogil
     cdef int check_ref(self, uint64_t ref) except -1
     cdef uint64_t parent_ref(self, object parent, Py_ssize_t start) except? 0xFFFFFFFFFFFFFFFF
-    cdef void give_back_runs(self) noexcept nogil
     cdef bint reserve_block(self, const Reservation *what, uint32_t wanted, uint32_t *block,
                             uint32_t *generation, uint32_t *slot) noexcept nogil
     cdef void abandon(self, uint32_t block, uint32_t generation) noexcept nogil

@@ -19,6 +19,7 @@ from kvbm._fast.atomics cimport (
     kv_u32_load_acquire,
     kv_u64_fetch_add_relaxed,
     kv_u64_load_acquire,
+    kv_u64_load_relaxed,
 )
 from kvbm._fast.blocks cimport (
     GONE,
@@ -37,7 +38,6 @@ from kvbm._fast.blocks cimport (
     structure_exit,
 )
 from kvbm._fast.eviction cimport (
-    evictor_advance,
     evictor_free,
     evictor_init,
     evictor_offer,
@@ -47,7 +47,6 @@ from kvbm._fast.index cimport index_find, index_prefetch
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport (
     KV_C_ABANDONED,
-    KV_C_EVICTED_CAPACITY,
     KV_C_EVICTED_CLEARED,
     KV_C_LOOKUP_BLOCKS,
     KV_C_LOOKUP_PROBES,
@@ -59,8 +58,6 @@ from kvbm._fast.layout cimport (
     KV_C_SKIPPED_NO_SLOT,
     KV_NONE,
     KV_PARTIAL,
-    KV_POOL_BLOCKS,
-    KV_POOL_HOST,
     KV_REGISTERED,
     kv_block,
     kv_count,
@@ -69,8 +66,8 @@ from kvbm._fast.layout cimport (
     kv_word_generation,
     kv_word_state,
 )
-from kvbm._fast.pool cimport pool_give_back, pool_take_run
 from kvbm._fast.segment cimport Segment
+from kvbm._fast.supply cimport supply_give_back, supply_leave, supply_take
 
 from kvbm._fast.segment import COUNTER_NAMES
 
@@ -265,65 +262,13 @@ cdef class BlockTable:
         return parent
 
     # ---- reserve ---------------------------------------------------------------------------------
-    cdef uint32_t usable_slots(self) noexcept nogil:
-        """Host slots whose memory every rank has reserved."""
-        cdef uint32_t rank, ready, least = self.view.shape.host_slots
-        for rank in range(self.view.shape.ranks):
-            ready = kv_u32_load_acquire(&self.view.header.ready_slots[rank])
-            if ready < least:
-                least = ready
-        return least
-
-    cdef bint take_block(self, uint32_t wanted, uint32_t *record, uint32_t *slot) noexcept nogil:
-        """A block record and a host slot.
-
-        From the pools while they last, else those of a victim.
-        """
-        cdef uint32_t first
-        if self.slots.count == 0 and not self.pool_is_empty:
-            self.slots.count = pool_take_run(self.view, KV_POOL_HOST, wanted, self.usable_slots(),
-                                             &self.slot_cursor, &first)
-            self.slots.first = first
-            self.pool_is_empty = self.slots.count == 0
-        if self.slots.count != 0:
-            if self.records.count == 0:
-                self.records.count = pool_take_run(
-                    self.view, KV_POOL_BLOCKS, self.slots.count, self.view.shape.block_capacity,
-                    &self.record_cursor, &first)
-                self.records.first = first
-            if self.records.count != 0:
-                evictor_advance(self.view, &self.evictor, self.evictor.sweep_least)
-                record[0] = self.records.first
-                slot[0] = self.slots.first
-                self.records.first += 1
-                self.records.count -= 1
-                self.slots.first += 1
-                self.slots.count -= 1
-                return True
-        while evictor_take(self.view, &self.evictor, KV_C_EVICTED_CAPACITY, record, slot):
-            if slot[0] != KV_NONE:
-                return True
-            pool_give_back(self.view, KV_POOL_BLOCKS, record[0])  # it was not in the host tier
-        return False
-
-    cdef void give_back_runs(self) noexcept nogil:
-        """Before leaving the structure: recovery counts what no block names as free."""
-        self.pool_is_empty = False
-        while self.records.count != 0:
-            self.records.count -= 1
-            pool_give_back(self.view, KV_POOL_BLOCKS, self.records.first + self.records.count)
-        while self.slots.count != 0:
-            self.slots.count -= 1
-            pool_give_back(self.view, KV_POOL_HOST, self.slots.first + self.slots.count)
-
     cdef bint reserve_block(self, const Reservation *what, uint32_t wanted, uint32_t *block,
                             uint32_t *generation, uint32_t *slot) noexcept nogil:
-        if not self.take_block(wanted, block, slot):
+        if not supply_take(self.view, &self.supply, &self.evictor, wanted, block, slot):
             kv_count(self.view, KV_C_SKIPPED_NO_SLOT, 1)
             return False
         if not block_reserve(self.view, block[0], slot[0], what, generation):
-            pool_give_back(self.view, KV_POOL_BLOCKS, block[0])
-            pool_give_back(self.view, KV_POOL_HOST, slot[0])
+            supply_give_back(self.view, &self.supply, block[0], slot[0])
             return False
         self.pins[block[0]] = 1
         kv_count(self.view, KV_C_RESERVED, 1)
@@ -335,8 +280,7 @@ cdef class BlockTable:
             return  # another leader's reservation, or none
         if block_abandon(self.view, block, generation, &slot):
             self.pins[block] = 0
-            pool_give_back(self.view, KV_POOL_BLOCKS, block)
-            pool_give_back(self.view, KV_POOL_HOST, slot)
+            supply_give_back(self.view, &self.supply, block, slot)
             kv_count(self.view, KV_C_ABANDONED, 1)
 
     def reserve(self, Keys keys not None, start: int, stop: int, parent: int | None = None,
@@ -366,6 +310,7 @@ cdef class BlockTable:
         self.mix(keys)
         ref = self.parent_ref(parent, start)
         memset(&what, 0, sizeof(what))
+        what.tick = kv_u64_load_relaxed(&self.view.header.tick)
         what.priority = priority
         what.group = keys.group
         if not structure_enter(self.view):
@@ -399,7 +344,7 @@ cdef class BlockTable:
             raise
         finally:
             self.let_go(held, 0)
-            self.give_back_runs()
+            supply_leave(self.view, &self.supply)
             structure_exit(self.view)
         return found
 
@@ -483,8 +428,7 @@ cdef class BlockTable:
             return 0
         self.evictor.found_nothing_ns = 0
         while evictor_take(self.view, &self.evictor, KV_C_EVICTED_CLEARED, &block, &slot):
-            pool_give_back(self.view, KV_POOL_BLOCKS, block)
-            pool_give_back(self.view, KV_POOL_HOST, slot)
+            supply_give_back(self.view, &self.supply, block, slot)
             count += 1
         structure_exit(self.view)
         return count

@@ -79,9 +79,9 @@ def take_run(Segment s, int pool, uint32_t wanted, uint32_t limit=KV_NONE, uint3
     """First index, count and the cursor afterwards."""
     cdef PoolCursor c
     cdef uint32_t first = 0
-    c.summary_index = cursor
+    c.word_index = 64 * cursor
     count = pool_take_run(&s.view, pool, wanted, limit, &c, &first)
-    return first, count, c.summary_index
+    return first, count, c.word_index // 64
 
 
 def give_back(Segment s, int pool, uint32_t index):
@@ -110,7 +110,7 @@ def take_and_give_back(Segment s, int pool, int turns, uint32_t wanted):
     cdef uint32_t first, count, i
     cdef uint64_t total = 0
     cdef int turn
-    c.summary_index = 0
+    c.word_index = 0
     with nogil:
         for turn in range(turns):
             count = pool_take_run(&s.view, pool, wanted, KV_NONE, &c, &first)
@@ -166,7 +166,7 @@ def unpin(Segment s, uint32_t block, uint64_t tick):
 
 def reserve(Segment s, uint32_t block, uint32_t slot, bytes digest, parent=None,
             uint32_t parent_generation=0, uint32_t priority=0, uint32_t position=0,
-            uint32_t group=0, uint64_t sequence_hash=0):
+            uint32_t group=0, uint64_t sequence_hash=0, uint64_t tick=0):
     """The generation, None if it could not be reserved."""
     cdef Reservation what
     cdef uint32_t generation = 0
@@ -178,6 +178,7 @@ def reserve(Segment s, uint32_t block, uint32_t slot, bytes digest, parent=None,
     what.position = position
     what.group = group
     what.sequence_hash = sequence_hash
+    what.tick = tick
     return generation if block_reserve(&s.view, block, slot, &what, &generation) else None
 
 

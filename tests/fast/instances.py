@@ -155,3 +155,14 @@ def matched(table: BlockTable, keys: Keys, start: int = 0, stop: int = 2**31) ->
     if ref is not None:
         table.unpin(ref)
     return count
+
+
+def fill(table: BlockTable, seed: object, count: int, priority: int = 0) -> list[int]:
+    """Cache a chain and return it, its end first, as a leader does; the blocks, root first."""
+    keys = Keys(digests(count, seed))
+    refs = [ref for ref, _ in table.reserve(keys, 0, count, priority=priority)]
+    assert len(refs) == count
+    assert table.publish(refs) == count
+    for ref in reversed(refs):
+        table.unpin(ref)
+    return [block_of(ref) for ref in refs]

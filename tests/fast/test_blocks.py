@@ -72,11 +72,11 @@ def register(probe: Any, world: World, block: int, parent: int | None = None) ->
 # ---- reserve -------------------------------------------------------------------------------------
 def test_a_reserved_block_carries_all_that_it_was_reserved_with(probe: Any, world: World) -> None:
     register(probe, world, 1)
-    got = probe.reserve(world.second, 3, 7, CHAIN[3], 1, 0, 5, 42, 2, 0xFEDCBA9876543210)
+    got = probe.reserve(world.second, 3, 7, CHAIN[3], 1, 0, 5, 42, 2, 0xFEDCBA9876543210, 9)
     block = world.raw.block(3)
     assert (got, block.state, block.holders, block.children) == (0, PARTIAL, {1}, 0)
     assert (block.digest, block.parent, block.parent_generation) == (CHAIN[3], 1, 0)
-    assert (block.priority, block.tick) == (5, world.raw.tick)
+    assert (block.priority, block.tick) == (5, 9)
     assert [(p.state, p.slot) for p in block.placements] == [(FILLING, 7), (EMPTY, 0), (EMPTY, 0)]
     assert world.raw.cold(3) == (0xFEDCBA9876543210, 42, 2, 0, 0, 0)
 

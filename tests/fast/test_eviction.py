@@ -12,22 +12,11 @@ from hypothesis import strategies as st
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.table import BlockTable
-from tests.fast.instances import Instance, block_of, digests, instance
+from tests.fast.instances import Instance, block_of, digests, fill, instance
 from tests.fast.raw_segment import HOST, REGISTERED, RawSegment
 from tests.leaks import wait_until
 
 Make = Callable[..., Instance]
-
-
-def fill(table: BlockTable, seed: object, count: int, priority: int = 0) -> list[int]:
-    """Cache a chain and return it, its end first, as a leader does; the blocks, root first."""
-    keys = Keys(digests(count, seed))
-    refs = [ref for ref, _ in table.reserve(keys, 0, count, priority=priority)]
-    assert len(refs) == count
-    assert table.publish(refs) == count
-    for ref in reversed(refs):
-        table.unpin(ref)
-    return [block_of(ref) for ref in refs]
 
 
 def expected_victim(raw: RawSegment) -> int | None:

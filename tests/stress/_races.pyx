@@ -62,6 +62,7 @@ from kvbm._fast.operations cimport operation_cancel, operation_recycle, operatio
 from kvbm._fast.pool cimport pool_give_back
 from kvbm._fast.recovery cimport recover_view
 from kvbm._fast.segment cimport Segment, line_lock
+from kvbm._fast.supply cimport supply_leave, supply_take
 from kvbm._fast.table cimport make_ref, set_parent
 
 cdef uint64_t NO_REF = 0xFFFFFFFFFFFFFFFFULL
@@ -285,7 +286,7 @@ cdef class Work:
             ref = refs[found] = make_ref(block, generation)
             depths[found] = depth
             found += 1
-        self.table.give_back_runs()
+        supply_leave(self.table.view, &self.table.supply)
         structure_exit(self.table.view)
         return found
 
@@ -465,7 +466,7 @@ def leave_half_done(Work work not None, inside: bool) -> None:
     work.hold(0, &count)
     work.reserve(1, 3, refs, slots, depths)
     if inside and structure_enter(work.table.view):
-        work.table.take_block(4, &record, &slot)
+        supply_take(work.table.view, &work.table.supply, &work.table.evictor, 4, &record, &slot)
 
 
 def recover_often(Segment segment not None, turns: int, pause_us: int) -> int:

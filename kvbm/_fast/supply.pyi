@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records and slots for new blocks; used through cimport, nothing for Python."""
