@@ -3,7 +3,7 @@
 
 ``python -m bench.gpu.both [--shapes 3,4] [--count 2048]`` on a machine with a CUDA device. Each
 line changes one thing about the copies of random blocks through the staging buffer: the kernel's
-shape, the chunks, the streams, the threads that submit, the number of blocks. `of big` compares
+CTAs, the chunks, the streams, the threads that submit, the number of blocks. `of big` compares
 with two big copies of as many bytes at once, in the same run. With CUDA_DEVICE_MAX_CONNECTIONS=32
 in the environment no two streams share a hardware queue.
 """
@@ -20,7 +20,6 @@ from bench.gpu.copies import (
     big_copies,
     blocks_for,
     both_at_once,
-    fitted,
     measure_lane,
 )
 from bench.gpu.lane import CacheShape, Lane
@@ -28,30 +27,23 @@ from kvbm.transfer.method import CopyMethod
 
 MIB = 1 << 20
 GROUP_SLOTS = 64
-SHORT = ("256 threads a CTA", "fitted", "fitted, whole groups, 2 streams")
+SHORT = ("as chosen", "whole groups, 2 streams")
 
 
 def ways(shape: CacheShape) -> dict[str, CopyMethod]:
-    """Return the ways of copying that are compared.
-
-    "Fitted" is a kernel whose CTAs have as many threads as a piece keeps busy. A chunk of a whole
-    group of slots is one long copy.
-    """
+    """Return the ways of copying that are compared; a chunk of a whole group is one long copy."""
     plain = METHODS["staged"]
-    fit = fitted(plain, shape)
-    group = fit._replace(chunk_bytes=GROUP_SLOTS * shape.block_bytes, streams=2, chunks_ahead=2)
+    group = plain._replace(chunk_bytes=GROUP_SLOTS * shape.block_bytes, streams=2, chunks_ahead=2)
     return {
-        "256 threads a CTA": plain,
-        "256 threads a CTA, 16 CTAs": plain._replace(ctas=16),
-        "256 threads a CTA, 64 CTAs": plain._replace(ctas=64),
-        "256 threads a CTA, 128 CTAs": plain._replace(ctas=128),
-        "fitted": fit,
-        "fitted, twice the CTAs": fit._replace(ctas=2 * fit.ctas),
-        "fitted, 2 streams": fit._replace(streams=2, chunks_ahead=2),
-        "fitted, 3 streams": fit._replace(streams=3, chunks_ahead=3),
-        "fitted, 8 MiB": fit._replace(chunk_bytes=8 * MIB),
-        "fitted, 32 MiB, 3 streams": fit._replace(chunk_bytes=32 * MIB, streams=3, chunks_ahead=3),
-        "fitted, whole groups, 2 streams": group,
+        "as chosen": plain,
+        "16 CTAs": plain._replace(ctas=16),
+        "64 CTAs": plain._replace(ctas=64),
+        "128 CTAs": plain._replace(ctas=128),
+        "2 streams": plain._replace(streams=2, chunks_ahead=2),
+        "3 streams": plain._replace(streams=3, chunks_ahead=3),
+        "8 MiB": plain._replace(chunk_bytes=8 * MIB),
+        "32 MiB, 3 streams": plain._replace(chunk_bytes=32 * MIB, streams=3, chunks_ahead=3),
+        "whole groups, 2 streams": group,
     }
 
 
@@ -117,9 +109,8 @@ def main() -> None:
             compare(shape, SHORT, COUNT, options.rounds)
             continue
         big = compare(shape, tuple(ways(shape)), COUNT, options.rounds)
-        for name in SHORT[:2]:
-            found = two_lanes(shape, ways(shape)[name], COUNT, options.rounds)
-            show(shape, f"{COUNT} blocks: {name}, a thread a direction", found, big)
+        found = two_lanes(shape, METHODS["staged"], COUNT, options.rounds)
+        show(shape, f"{COUNT} blocks: a thread a direction", found, big)
         compare(shape, SHORT, options.count, options.rounds)
 
 

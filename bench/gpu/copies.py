@@ -29,7 +29,6 @@ from kvbm.transfer.method import (
     STAGED_STREAMS,
     STREAMS,
     CopyMethod,
-    kernel_shape,
 )
 
 COUNT = 512
@@ -155,12 +154,6 @@ def device_blocks(pattern: str, seed: int, count: int = COUNT) -> tuple[list[int
 def blocks_for(count: int) -> int:
     """Blocks of a KV cache of which `count` are stored and as many others loaded."""
     return BLOCKS * count // COUNT
-
-
-def fitted(method: CopyMethod, shape: CacheShape) -> CopyMethod:
-    """Return the method with the kernel that the library takes for pieces of this shape."""
-    ctas, threads = kernel_shape(shape.chunk_bytes)
-    return method._replace(ctas=ctas, threads=threads)
 
 
 def cpu_us(lane: Lane, copy: Callable[[], float]) -> tuple[float, float]:
@@ -434,10 +427,8 @@ def main() -> None:
     parser.add_argument("--beside-sweep", action="store_true", help="chunks, and nothing else")
     options = parser.parse_args()
     if options.beside_sweep:
-        plain = METHODS["staged"]
         pairs = [(SHAPES[0], method) for method in BESIDE_SWEEP]
-        pairs += [(SHORT_PIECES, plain), (SHORT_PIECES, fitted(plain, SHORT_PIECES))]
-        beside(options.rounds, pairs)
+        beside(options.rounds, [*pairs, (SHORT_PIECES, METHODS["staged"])])
         return
     rows: list[Row] = []
     extra: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -449,7 +440,7 @@ def main() -> None:
             f"{shape.name}: big copies {big[0]:.1f} / {big[1]:.1f}, both {big[2]:.1f}", flush=True
         )
         for name in ("batch", "pitched") if shape.slab else ("batch", "staged", "stores staged"):
-            lane = Lane(shape, BLOCKS, SLOTS, fitted(METHODS[name], shape))
+            lane = Lane(shape, BLOCKS, SLOTS, METHODS[name])
             for pattern in PATTERNS:
                 rows.append(measure_lane(lane, pattern, options.rounds, big[:2]))
                 both = both_at_once(lane, pattern, options.rounds)

@@ -68,7 +68,7 @@ from kvbm._fast.cuda_device cimport (
 )
 from kvbm._fast.cuda_marks cimport MARK_UNKNOWN, CudaMarks
 from kvbm._fast.cuda_pieces cimport SEGMENTS_MAX, CudaPieces, Group
-from kvbm._fast.cuda_staging cimport KV_MOVE_THREADS, CudaStaging, can_stage
+from kvbm._fast.cuda_staging cimport CudaStaging, can_stage
 from kvbm._fast.layout cimport KV_ROWS, KV_STORE, kv_operation, kv_row
 
 cdef enum:
@@ -431,11 +431,10 @@ cdef class CudaBackend(CopyBackend):
 cdef int CudaBackend_method(CudaBackend self, Group *group, method) except -1:
     if not (0 < method.segments <= SEGMENTS_MAX and 0 < method.chunk_bytes
             and 0 < method.chunks_ahead < CHUNKS_MAX and 0 < method.streams <= STREAMS_MAX
-            and method.ctas > 0 and 0 < method.threads <= KV_MOVE_THREADS):
+            and method.ctas > 0):
         raise ValueError(
             f"{method} is not allowed: segments 1 to {SEGMENTS_MAX}, chunks_ahead 1 to "
-            f"{CHUNKS_MAX - 1}, streams 1 to {STREAMS_MAX}, chunk_bytes and ctas 1 or more, "
-            f"threads 1 to {KV_MOVE_THREADS}")
+            f"{CHUNKS_MAX - 1}, streams 1 to {STREAMS_MAX}, chunk_bytes and ctas 1 or more")
     group.pitch = method.pitch_bytes
     group.pitched_below = method.pitched_below_bytes
     group.segments = method.segments
@@ -447,7 +446,6 @@ cdef int CudaBackend_method(CudaBackend self, Group *group, method) except -1:
                                                   group.staged_stores_below):
             self.stage_bytes = max(self.stage_bytes, group.chunk_rows * group.copier.block_bytes)
     group.ctas = method.ctas
-    group.threads = method.threads
     self.chunks_ahead = method.chunks_ahead
     self.stream_count = method.streams
     return 0

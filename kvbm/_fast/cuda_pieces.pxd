@@ -19,7 +19,6 @@ cdef struct Group:                 # a KV-cache group and how to copy it: kvbm/t
     uint64_t staged_loads_below    # chunks of shorter pieces go through the staging buffer
     uint64_t staged_stores_below
     uint32_t ctas                  # of the kernel that works on it
-    uint32_t threads               # of a CTA
 
 
 cdef struct Batch:                 # pieces that have not been submitted yet

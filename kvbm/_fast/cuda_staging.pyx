@@ -209,7 +209,7 @@ cdef class CudaStaging:
         cdef int error
         if self.move.rows == 0:
             return KV_CU_SUCCESS
-        error = self.cuda.launch(self.kernel, self.group.ctas, 1, 1, self.group.threads, 1, 1, 0,
+        error = self.cuda.launch(self.kernel, self.group.ctas, 1, 1, KV_MOVE_THREADS, 1, 1, 0,
                                  self.stream, &parameters, NULL)
         kv_u64_tally(&self.calls, 1)
         kv_u64_tally(&self.kernels, 1)

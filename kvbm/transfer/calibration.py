@@ -39,7 +39,6 @@ from kvbm.transfer.method import (
     STAGED_STREAMS,
     CopyMethod,
     Crossover,
-    kernel_shape,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +89,6 @@ class Trial:
 
 
 def _ways(trial: Trial, size: int, blocks: int) -> dict[str, CopyMethod]:
-    ctas, threads = kernel_shape(size)
     straight = CopyMethod(
         pitch_bytes=0,
         pitched_below_bytes=0,
@@ -98,8 +96,6 @@ def _ways(trial: Trial, size: int, blocks: int) -> dict[str, CopyMethod]:
         chunk_bytes=trial.chunk_bytes,
         chunks_ahead=STAGED_CHUNKS_AHEAD,
         streams=STAGED_STREAMS,
-        ctas=ctas,
-        threads=threads,
     )
     return {
         "straight": straight,

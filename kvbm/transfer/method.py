@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from kvbm.transfer.geometry import KvGeometry
 
-__all__ = ["CopyMethod", "Crossover", "copy_method", "kernel_shape", "uniform_pitch"]
+__all__ = ["CopyMethod", "Crossover", "copy_method", "uniform_pitch"]
 
 MAX_PITCH_BYTES = 2**31 - 1
 """What the driver takes (CU_DEVICE_ATTRIBUTE_MAX_PITCH of all devices so far)."""
@@ -69,12 +69,10 @@ STAGED_BELOW_BYTES = 128 << 10
 """Chunks whose pieces are shorter than this on the average go through the staging buffer: pieces of
 64 KiB keep the bus as busy, but take fifteen times the CPU, and two directions share the thread."""
 
-STAGED_THREADS = 32 * 256
-"""Threads of the kernel between staging buffer and blocks: a chunk takes it less than 0.1 ms. Half
-as many are slower for short pieces, twice as many are no faster."""
-
-WARP, CTA_THREADS_MAX, VECTOR_BYTES, VECTORS_AT_ONCE = 32, 256, 16, 4
-"""What a thread of the kernel moves at once, and how many have a piece in common."""
+STAGED_CTAS = 32
+"""CTAs of the kernel between staging buffer and blocks: a chunk takes it less than 0.1 ms. Half as
+many are slower for short pieces, twice as many are no faster; nor are CTAs with fewer threads for
+shorter pieces."""
 
 STAGED_STREAMS = STAGED_CHUNKS_AHEAD = 4
 """Streams, each with a staging buffer, and chunks on their way. Two are as fast on an idle device;
@@ -120,8 +118,8 @@ class CopyMethod(NamedTuple):
     staged_loads_below_bytes, staged_stores_below_bytes
         Chunks of shorter pieces go through a staging buffer on the device; 0 for none. Not where
         there is a pitch.
-    ctas, threads
-        Of the kernel that works on the staging buffer, and of each of its CTAs.
+    ctas
+        Of the kernel that works on the staging buffer.
     """
 
     pitch_bytes: int
@@ -132,8 +130,7 @@ class CopyMethod(NamedTuple):
     streams: int
     staged_loads_below_bytes: int = 0
     staged_stores_below_bytes: int = 0
-    ctas: int = STAGED_THREADS // CTA_THREADS_MAX
-    threads: int = CTA_THREADS_MAX
+    ctas: int = STAGED_CTAS
 
 
 def uniform_pitch(geometry: KvGeometry, allocation_of: Callable[[int], Allocation | None]) -> int:
@@ -168,23 +165,6 @@ def uniform_pitch(geometry: KvGeometry, allocation_of: Callable[[int], Allocatio
     return pitch
 
 
-def kernel_shape(piece_bytes: int) -> tuple[int, int]:
-    """CTAs, and threads of each, of the kernel that moves pieces of this size.
-
-    A CTA moves one piece after the other, `VECTORS_AT_ONCE` vectors a thread in one go, and one by
-    one what is left. So it has as many threads as leave the fewest idle, and there are as many CTAs
-    as make `STAGED_THREADS`. A piece of 8 KiB with 256 threads would be two goes of one vector.
-    """
-    vectors = max(1, piece_bytes // VECTOR_BYTES)
-
-    def cost(threads: int) -> int:
-        whole, rest = divmod(vectors, VECTORS_AT_ONCE * threads)
-        return threads * (whole + -(-rest // threads))
-
-    best = min(range(CTA_THREADS_MAX, 0, -WARP), key=cost)
-    return STAGED_THREADS // best, best
-
-
 def copy_method(
     geometry: KvGeometry,
     allocation_of: Callable[[int], Allocation | None],
@@ -209,7 +189,6 @@ def copy_method(
     pitch = uniform_pitch(geometry, allocation_of)
     limits = crossover or Crossover(STAGED_BELOW_BYTES, PITCHED_BELOW_BYTES)
     staged_below = limits.staged_below_bytes if staged and not pitch else 0
-    ctas, threads = kernel_shape(geometry.regions[0].chunk_bytes)
     return CopyMethod(
         pitch_bytes=pitch,
         pitched_below_bytes=limits.pitched_below_bytes if has_batches else 2**63,
@@ -219,6 +198,4 @@ def copy_method(
         streams=STAGED_STREAMS if staged_below else STREAMS,
         staged_loads_below_bytes=staged_below,
         staged_stores_below_bytes=staged_below,
-        ctas=ctas,
-        threads=threads,
     )

@@ -8,12 +8,9 @@ import pytest
 
 from kvbm.transfer.geometry import KvGeometry, geometry_of
 from kvbm.transfer.method import (
-    CTA_THREADS_MAX,
     MAX_PITCH_BYTES,
-    STAGED_THREADS,
     Allocation,
     copy_method,
-    kernel_shape,
     uniform_pitch,
 )
 from tests.transfer.kv_tensors import ArrayTensor
@@ -98,21 +95,3 @@ def test_chunks_are_staged_only_where_there_is_no_pitch() -> None:
     assert pitched.staged_loads_below_bytes == off.staged_loads_below_bytes == 0
     assert 64 << 10 < apart.staged_loads_below_bytes == apart.staged_stores_below_bytes
     assert apart.streams > off.streams
-
-
-@pytest.mark.parametrize(
-    ("piece_bytes", "threads"),
-    [(64 << 10, 256), (18 << 10, 96), (16 << 10, 256), (8 << 10, 128), (1 << 10, 64), (32, 32)],
-)
-def test_the_kernels_ctas_have_the_threads_that_a_piece_keeps_busy(
-    piece_bytes: int, threads: int
-) -> None:
-    assert kernel_shape(piece_bytes) == (STAGED_THREADS // threads, threads)
-
-
-def test_every_size_of_a_piece_has_a_kernel_that_the_device_takes() -> None:
-    for piece_bytes in range(0, 40 << 10, 16):
-        ctas, threads = kernel_shape(piece_bytes)
-        assert 0 < threads <= CTA_THREADS_MAX
-        assert threads % 32 == 0
-        assert STAGED_THREADS - threads < ctas * threads <= STAGED_THREADS
