@@ -209,7 +209,12 @@ class TrialFile:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.size = size
-        self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        nameless = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:  # once more: cuFile refuses a descriptor that has O_TMPFILE among its flags
+            again = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
+            self.fd = os.open(f"/proc/self/fd/{nameless}", again)
+        finally:
+            os.close(nameless)
         os.posix_fallocate(self.fd, 0, size)
         self._memory = mmap.mmap(-1, size)  # aligned, as O_DIRECT wants it
 
