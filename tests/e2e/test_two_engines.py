@@ -89,8 +89,10 @@ def test_two_engines_with_the_same_traffic_copy_what_one_copies(
     assert_same_outputs(lab.reference(), alone["alone"], *(run["both"] for run in results))
     wanted, found = counters(single), counters(name)
     assert wanted["bytes_stored"] > 0
+    # Two inserts of one digest can miss each other when a third comes between, and a child may be
+    # copied before its parent is there (docs/protocol.md): single blocks, rarely.
     for moved in ("bytes_stored", "blocks_stored", "published"):
-        assert found[moved] == wanted[moved], moved
+        assert wanted[moved] <= found[moved] <= 1.02 * wanted[moved], moved
     assert_nothing_held(name)
 
 
