@@ -210,7 +210,7 @@ class TrialFile:
     def __init__(self, folder: Path, size: int) -> None:
         self.size = size
         nameless = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:  # once more: cuFile refuses a descriptor that has O_TMPFILE among its flags
+        try:  # once more, as a slab's data: cuFile refuses O_TMPFILE among a descriptor's flags
             again = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
             self.fd = os.open(f"/proc/self/fd/{nameless}", again)
         finally:

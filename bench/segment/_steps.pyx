@@ -7,7 +7,6 @@ cost of one reading in it; `clock_cost` measures that. The steps are those that
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
-from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
 from kvbm._fast.atomics cimport kv_u64_load_relaxed
 from kvbm._fast.blocks cimport (
@@ -24,15 +23,9 @@ from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport KV_C_EVICTED_CAPACITY, KV_NONE
 from kvbm._fast.supply cimport supply_give_back, supply_leave
 from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
+from kvbm._fast.timing cimport thread_cpu_ns
 
 cdef uint64_t ROOT = 0xFFFFFFFFFFFFFFFFULL
-
-
-cdef uint64_t cpu_ns() noexcept nogil:
-    """Processor time of this thread, without what others got in between."""
-    cdef timespec now
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now)
-    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
 def clock_cost(rounds: int) -> float:
@@ -66,7 +59,7 @@ cdef class Steps:
         """Take the next victims and give their records and slots to the pools."""
         cdef Py_ssize_t i
         cdef uint32_t block, slot
-        cdef uint64_t last, now, cpu = cpu_ns()
+        cdef uint64_t last, now, cpu = thread_cpu_ns()
         cdef BlockTable t = self.table
         if not structure_enter(t.view):
             raise RuntimeError("a recovery is under way")
@@ -80,13 +73,13 @@ cdef class Steps:
             spent[i] = <uint32_t>min(now - last, 0xFFFFFFFF)
             last = now
         structure_exit(t.view)
-        self.cpu = cpu_ns() - cpu
+        self.cpu = thread_cpu_ns() - cpu
 
     def reserve(self, Keys keys not None, uint32_t[::1] spent) -> None:
         """Reserve a new chain, from the pools or with an eviction for each block."""
         cdef Py_ssize_t i, count = spent.shape[0]
         cdef uint32_t block, generation, slot
-        cdef uint64_t last, now, word, ref = ROOT, cpu = cpu_ns()
+        cdef uint64_t last, now, word, ref = ROOT, cpu = thread_cpu_ns()
         cdef Reservation what
         cdef BlockTable t = self.table
         cdef bint done = True
@@ -113,14 +106,14 @@ cdef class Steps:
             last = now
         supply_leave(t.view, &t.supply)
         structure_exit(t.view)
-        self.cpu = cpu_ns() - cpu
+        self.cpu = thread_cpu_ns() - cpu
         if not done:
             raise RuntimeError("a block cannot be reserved")
 
     def publish(self, uint32_t[::1] spent) -> None:
         """Register what the last `reserve` has reserved."""
         cdef Py_ssize_t i
-        cdef uint64_t last, now, cpu = cpu_ns()
+        cdef uint64_t last, now, cpu = thread_cpu_ns()
         cdef BlockTable t = self.table
         cdef bint done = True
         if not structure_enter(t.view):
@@ -133,29 +126,29 @@ cdef class Steps:
             spent[i] = <uint32_t>min(now - last, 0xFFFFFFFF)
             last = now
         structure_exit(t.view)
-        self.cpu = cpu_ns() - cpu
+        self.cpu = thread_cpu_ns() - cpu
         if not done:
             raise RuntimeError("a block cannot be published")
 
     def unpin(self, uint32_t[::1] spent) -> None:
         """Return the chain, its end first; it can be evicted from now on."""
         cdef Py_ssize_t i, count = spent.shape[0]
-        cdef uint64_t last, now, cpu = cpu_ns()
+        cdef uint64_t last, now, cpu = thread_cpu_ns()
         last = monotonic_ns()
         for i in range(count):
             self.table.let_go(self.refs[count - 1 - i], 0)
             now = monotonic_ns()
             spent[i] = <uint32_t>min(now - last, 0xFFFFFFFF)
             last = now
-        self.cpu = cpu_ns() - cpu
+        self.cpu = thread_cpu_ns() - cpu
 
     def match(self, Keys keys not None, uint32_t[::1] spent) -> int:
         """Match a whole chain, as the connector calls it; its length. One sample."""
-        cdef uint64_t cpu = cpu_ns(), last = monotonic_ns(), now
+        cdef uint64_t cpu = thread_cpu_ns(), last = monotonic_ns(), now
         count, ref = self.table.match(keys, 0, keys.count())
         now = monotonic_ns()
         spent[0] = <uint32_t>min(now - last, 0xFFFFFFFF)
-        self.cpu = cpu_ns() - cpu
+        self.cpu = thread_cpu_ns() - cpu
         if ref is not None:
             self.table.let_go(ref, 0)
         return count

@@ -112,7 +112,7 @@ cdef class DiskTable(BlockTable):
         cdef uint64_t word
         cdef int result
         memset(&what, 0, sizeof(what))
-        what.tick = kv_u64_load_relaxed(&self.view.header.tick)
+        what.tick = tick
         what.digest_lo, what.digest_hi = header.digest_lo, header.digest_hi
         what.sequence_hash, what.position = header.sequence_hash, header.position
         what.group = header.group

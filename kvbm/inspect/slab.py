@@ -24,7 +24,7 @@ from kvbm._fast.segment import LOCK_USERS_OFFSET
 from kvbm._fast.slab import EMPTY, FOREIGN, SLAB_HEADER, TORN, VALID, header_conditions
 from kvbm.config.settings import Settings
 from kvbm.inspect.files import bytes_there, check_room, read_head
-from kvbm.tiers.disk import MAGIC, PAGE_BYTES, SlabLayout, Superblock, slab_path
+from kvbm.tiers.disk import MAGIC, PAGE_BYTES, SlabLayout, Superblock
 
 __all__ = [
     "SlabFacts",
@@ -80,14 +80,6 @@ def find_slabs() -> dict[str, dict[int, Path]]:
         name = _NAME.fullmatch(path.name)
         if name is not None:
             found.setdefault(name["instance"], {})[int(name["rank"])] = path
-    return found
-
-
-def slabs_of(instance: str) -> dict[int, Path]:
-    """Slabs of one instance in the folder, by rank."""
-    found = {}
-    for rank in find_slabs().get(instance, {}):
-        found[rank] = slab_path(slab_folder(), instance, rank)
     return found
 
 

@@ -34,6 +34,14 @@ PAUSE_SECS = 10.0
 PAUSE_MAX_SECS = 600.0
 
 
+def mean_rate(mean: float, sample: float) -> float:
+    """Smooth a rate, but for samples above it.
+
+    Waiting makes steps and reads look long, nothing makes them look short.
+    """
+    return max(sample, (1 - SMOOTHING) * mean + SMOOTHING * sample)
+
+
 class PrefillRate:
     """Tokens a second that the engine computes, from its steps.
 
@@ -53,11 +61,10 @@ class PrefillRate:
         """A step of so many tokens begins; the one before it has ended."""
         now = self._clock()
         if self._tokens >= STEP_TOKENS_MIN and now > self._began:
+            # A rate that is too high refuses a load that would pay, one too low starts a load that
+            # does not.
             sample = self._tokens / (now - self._began)
-            # An idle engine makes a step look long, nothing makes it look short: a rate that is
-            # too high refuses a load that would pay, one too low starts a load that does not.
-            kept = (1 - SMOOTHING) * self.tokens_per_sec + SMOOTHING * sample
-            self.tokens_per_sec = max(sample, kept)
+            self.tokens_per_sec = mean_rate(self.tokens_per_sec, sample)
         self._tokens, self._began = tokens, now
 
 
@@ -100,9 +107,7 @@ class ReadRate:
             return
         if self._bytes and now > self._began:
             sample = self._bytes / (now - self._began)
-            kept = (1 - SMOOTHING) * self.bytes_per_sec + SMOOTHING * sample
-            # As with prefill: much makes a read look long, nothing makes it look short.
-            self.bytes_per_sec = max(sample, kept)
+            self.bytes_per_sec = mean_rate(self.bytes_per_sec, sample)
             self._samples += 1
             self._sampled_bytes += self._bytes
         self._began, self._bytes = now if under_way else None, 0

@@ -297,11 +297,7 @@ class Slab:
         """Open a file that is gone when its last user is, also after a kill."""
         folder = self._files.folder
         try:
-            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:  # once more: cuFile refuses a descriptor that has O_TMPFILE among its flags
-                return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-            finally:
-                os.close(fd)
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise

@@ -155,7 +155,7 @@ def test_a_private_slab_has_no_name(files: SlabFiles) -> None:
     assert not slab.durable
     assert os.fstat(slab.table_fd).st_size == WANTED.layout.total_bytes
     # NVIDIA's cuFile refuses a descriptor that was opened so.
-    assert fcntl.fcntl(slab.table_fd, fcntl.F_GETFL) & os.O_TMPFILE != os.O_TMPFILE
+    assert fcntl.fcntl(slab.data_fd, fcntl.F_GETFL) & os.O_TMPFILE != os.O_TMPFILE
     slab.close()
     slab.close()
 
