@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from kvbm._fast import contract
 from kvbm.inspect.decode import Segment
-from kvbm.inspect.records import part
 from kvbm.inspect.violations import Violation, listed
 
 
@@ -39,14 +38,22 @@ def check_exact_counts(segment: Segment) -> Iterator[Violation]:
         "exact counts",
         wrong,
         lambda b: f"block {b} counts {blocks.children[b]} children, it has {found[b]}",
+        blocks.words,
     )
 
 
 def check_between(segment: Segment) -> Iterator[Violation]:
-    """Nothing is half done: no EVICTING block, PARTIAL ones and holders of the living."""
+    """Nothing is half done: no EVICTING block, PARTIAL ones and holders of the living.
+
+    A living leader may have a PARTIAL block without an operation: one that it has just reserved, or
+    one that the caller of `kvbm.block_manager` fills himself.
+    """
     blocks = segment.blocks
     yield from listed(
-        "half done", blocks.of_state("evicting"), lambda b: f"block {b} is left evicting"
+        "half done",
+        blocks.of_state("evicting"),
+        lambda b: f"block {b} is left evicting",
+        blocks.words,
     )
     locked = segment.capture.locked or frozenset()
     living = sum(1 << leader for leader in range(contract.LEADERS) if leader in locked)
@@ -55,31 +62,13 @@ def check_between(segment: Segment) -> Iterator[Violation]:
         "half done",
         dead & ~blocks.of_state("evicting"),
         lambda b: f"block {b} is held by {_leaders(int(blocks.holders[b]) & ~living)}, not alive",
-    )
-    if segment.is_of_disk:  # the operations that fill it are in the host tier's segment
-        return
-    operated = _blocks_of_operations(segment)
-    yield from listed(
-        "half done",
-        blocks.of_state("partial") & ~operated & ~dead,
-        lambda b: f"block {b} is being filled by no operation",
+        blocks.words,
     )
 
 
 def _leaders(holders: int) -> str:
     found = [str(n) for n in range(contract.LEADERS) if holders >> n & 1]
     return f"leader {', '.join(found)}"
-
-
-def _blocks_of_operations(segment: Segment) -> npt.NDArray[np.bool_]:
-    """Blocks that a row of an operation in use names."""
-    found = np.zeros(len(segment.blocks), np.bool_)
-    records = segment.operations
-    records = records[part(records["word"], "operation", "state") != 0]
-    row = np.arange(contract.ROWS) < np.minimum(records["row_count"], contract.ROWS)[:, None]
-    named = records["rows"]["block"][row]
-    found[named[named < len(found)]] = True
-    return found
 
 
 def check_lost(segment: Segment) -> Iterator[Violation]:
@@ -130,7 +119,9 @@ def check_index(segment: Segment) -> Iterator[Violation]:
     entry = (tag.astype(np.uint64) << np.uint64(32)) | np.arange(1, count + 1, dtype=np.uint64)
     found = (buckets[first] == entry[:, None]).any(axis=1)
     found |= (buckets[second] == entry[:, None]).any(axis=1)
-    yield from listed("index", live & ~found, lambda b: f"the index does not lead to block {b}")
+    yield from listed(
+        "index", live & ~found, lambda b: f"the index does not lead to block {b}", blocks.words
+    )
     used = buckets != 0
     block = (buckets & np.uint64(0xFFFFFFFF)).astype(np.int64) - 1
     inside = used & (block >= 0) & (block < count)

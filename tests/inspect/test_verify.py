@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kvbm._fast.keys import Keys
@@ -15,6 +16,7 @@ from kvbm.inspect.capture import capture
 from kvbm.inspect.decode import Segment
 from kvbm.inspect.verify import ALWAYS, check, verify
 from kvbm.inspect.verify_rest import REST_CHECKS
+from kvbm.inspect.violations import listed
 from tests.fast.actors import actor, hold_reserved_and_pinned
 from tests.fast.instances import cache, digests
 from tests.fast.raw_segment import (
@@ -84,7 +86,7 @@ BROKEN: dict[str, tuple[str, Break]] = {
     "a child too many is counted": ("exact counts", put_word(9, word(REGISTERED, 0, 1, 0))),
     "a block is left evicting": ("half done", put_word(9, word(EVICTING, 1, 0, 1))),
     "a holder that is not alive": ("half done", put_word(9, word(REGISTERED, 1 << 5, 0, 0))),
-    "a block that nobody fills": ("half done", put_operation(192 + 8, 21)),
+    "a block being filled by one who died": ("half done", put_word(20, word(PARTIAL, 32, 0, 0))),
     "a slot is lost": ("lost", free_bit(HOST, 40, 0)),
     "free slots cannot be found": ("lost", lambda raw: raw.put_u64(raw.at["summary 1"], 0)),
     "a block that is not indexed": ("index", put_block(9, 8, 12345)),
@@ -145,6 +147,30 @@ def test_a_segment_in_which_somebody_died_is_checked_for_what_must_hold_anyway(
         listed = json.loads(inspect("participants", sample.name, "--dead", "--json").stdout)
         dead = listed["participants"]
     assert [(line["line"], line["pins"]) for line in dead] == [(1, 7)]
+
+
+def test_a_block_that_its_leader_fills_without_an_operation_breaks_no_rule(
+    sample: Sample,
+) -> None:
+    refs = [ref for ref, _ in sample.table.reserve(Keys(digests(3, "filled by hand")), 0, 3)]
+    try:
+        verdict = verify(sample.name)[1]
+    finally:
+        sample.table.abandon_reserved(refs)
+    assert len(refs) == 3
+    assert "half done" in verdict.checked
+    assert verdict.violations == []
+
+
+def test_a_violation_that_moved_between_two_readings_is_not_the_same() -> None:
+    wrong = np.array([False, True])
+    found = [
+        next(listed("I1", wrong, lambda b: f"block {b} is wrong", np.array(words, np.uint64)))
+        for words in ([0, 7], [0, 8], [9, 7])
+    ]
+    assert found[0].text == found[1].text
+    assert found[0].key != found[1].key
+    assert found[0].key == found[2].key
 
 
 def test_a_segment_at_work_is_not_said_to_be_broken(sample: Sample) -> None:
