@@ -42,7 +42,6 @@ ABOUT = {
     "nixl": ("nixl",),
     "nixl_cu12": ("nixl",),
     "nixl_cu13": ("nixl",),
-    "pyetcd": ("etcd",),
     "sglang": ("sglang",),
     "tensorrt_llm": ("trtllm",),
     "torch": ("torch", "trtllm", "vllm"),
