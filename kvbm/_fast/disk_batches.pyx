@@ -6,12 +6,13 @@ the bytes are. What it cannot move is moved row by row.
 """
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
-from kvbm._fast.backend cimport PLACES
+from kvbm._fast.backend cimport DEPTH_MAX, PLACES
 from kvbm._fast.copy cimport kv_copier, slot_piece
 from kvbm._fast.disk_backend cimport (
     JOB_BEGIN,
     DiskBackend,
     Job,
+    pthread_cond_broadcast,
     pthread_cond_wait,
     pthread_mutex_lock,
     pthread_mutex_unlock,
@@ -33,6 +34,19 @@ import numpy as np
 
 cdef class DiskBatches(DiskBackend):
     """A disk backend whose operations can be taken whole; `serve` moves them as its base does."""
+
+    def __cinit__(self):
+        self.writing_max = PLACES
+
+    def keep_for_reads(self, takers: int) -> None:
+        """Keep one of so many threads that take operations for fetches, if there are two or more.
+
+        A fetch that comes while each of them writes a whole operation would wait for seconds, and
+        a request waits for it.
+        """
+        pthread_mutex_lock(&self.lock)
+        self.writing_max = max(1, takers - 1)
+        pthread_mutex_unlock(&self.lock)
 
     def take(self) -> tuple[int, bool, np.ndarray, np.ndarray] | None:
         """Wait for an operation whose rows are all still to be moved; None once `stop` was called.
@@ -74,9 +88,11 @@ cdef class DiskBatches(DiskBackend):
             count_cpu(self.view)
             pthread_mutex_lock(&self.lock)
             job.running = 0
+            self.writing -= not job.reading
             if problem != DISK_FINE:
                 self.note_problem(job, row, problem)
             self.settle(job)
+            pthread_cond_broadcast(&self.work)
             pthread_mutex_unlock(&self.lock)
 
     def copy_rows(self, place: int, first: int, buffers: np.ndarray) -> None:
@@ -117,6 +133,13 @@ cdef class DiskBatches(DiskBackend):
             [self.groups[i].region_count == 1 for i in range(self.group_count)])
 
     # ---- without the GIL ----------------------------------------------------------------------
+    cdef Job *next_whole(self) noexcept nogil:
+        """A job with something to do; a spill only while a thread is left. Under the lock."""
+        cdef Job *job = self.oldest(0, DEPTH_MAX)
+        if job == NULL and self.writing < self.writing_max:
+            job = self.oldest(DEPTH_MAX, PLACES)
+        return job
+
     cdef Job *take_job(self) noexcept nogil:
         """A job none of whose rows has been taken, checked; NULL when stopping."""
         cdef Job *job
@@ -127,7 +150,7 @@ cdef class DiskBatches(DiskBackend):
         pthread_mutex_lock(&self.lock)
         self.threads += 1
         while found == NULL and not self.stopping:
-            job = self.next_job()
+            job = self.next_whole()
             if job == NULL:
                 pthread_cond_wait(&self.work, &self.lock)
             elif job.phase == JOB_BEGIN:
@@ -136,6 +159,7 @@ cdef class DiskBatches(DiskBackend):
             else:
                 job.next_row = job.count
                 job.running = 1
+                self.writing += not job.reading
                 pthread_mutex_unlock(&self.lock)
                 problem = self.rows_before(job, &row)
                 pthread_mutex_lock(&self.lock)
@@ -143,6 +167,7 @@ cdef class DiskBatches(DiskBackend):
                     found = job
                 else:
                     job.running = 0
+                    self.writing -= not job.reading
                     self.note_problem(job, row, problem)
                     self.settle(job)
         self.threads -= 1

@@ -192,6 +192,7 @@ class WorkerDisk:
                 self._movers = self._nixl_movers(library, kind, batches, slab)
             if self._movers:
                 logger.info("rank %d: the disk tier uses NIXL %s", self._place.rank, kind)
+                batches.keep_for_reads(len(self._movers))
                 return [mover.serve for mover in self._movers]
             logger.error("rank %d: the disk tier goes on without NIXL", self._place.rank)
         return [batches.serve] * IO_THREADS

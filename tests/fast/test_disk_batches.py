@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kvbm.tiers.disk import Slab
 from tests.copy_rig import CHUNK, LAYERS, SLOTS, content
 from tests.disk_rig import DiskRig
 from tests.fast.instances import Instance, matched
+from tests.leaks import wait_until
 
 DEVICE = [5, 6, 7, 30, 2, 9]
 TARGETS = [10, 11, 12, 13, 14, 15]
@@ -29,6 +31,8 @@ class Mover:
     def __init__(self, batches: DiskBatches, slab: Slab) -> None:
         self.batches, self.slab = batches, slab
         self.fails = False
+        self.may_write = threading.Event()
+        self.may_write.set()
         self.taken: list[tuple[bool, list[int]]] = []
 
     def serve(self) -> None:
@@ -36,6 +40,7 @@ class Mover:
         while (job := self.batches.take()) is not None:
             place, reading, _, disk = job
             self.taken.append((reading, disk.tolist()))
+            assert reading or self.may_write.wait(timeout=10)
             if not self.fails:
                 self._move(place, reading, disk.tolist())
             self.batches.give(place, not self.fails)
@@ -144,3 +149,38 @@ def test_host_slots_have_addresses_of_their_own(rig: DiskRig) -> None:
     addresses = rig.disk.slot_addresses()
     assert len(set(addresses.tolist())) == SLOTS
     assert not rig.disk.is_contiguous
+
+
+def test_a_fetch_does_not_wait_until_all_that_is_written_is_written(
+    make_instance: Callable[..., Instance], tmp_path: Path
+) -> None:
+    movers: list[Mover] = []
+
+    def servers(batches: DiskBatches, slab: Slab) -> list[Callable[[], None]]:
+        movers.append(Mover(batches, slab))
+        batches.keep_for_reads(2)
+        return [movers[0].serve] * 2
+
+    rig = DiskRig(make_instance(host_slots=SLOTS), tmp_path, servers=servers, direct=False)
+    try:
+        keys = spilled_and_forgotten(rig)
+        third = rig.stored("third", range(SLOTS))
+        movers[0].may_write.clear()
+        count, ref = rig.table.match(third, 0, 4)
+        assert count == 4
+        assert ref is not None
+        writes = [
+            handle
+            for slots in ([6, 7, 8, 9], [10, 11, 12, 13], [14, 15, 16, 17])
+            for handle in rig.table.spill(ref, 0, slots) or []
+        ]
+        wait_until(lambda: len(movers[0].taken) == 2)
+        assert rig.fetched(keys, DISK) is True
+        assert [reading for reading, _ in movers[0].taken] == [False, False, True]
+        movers[0].may_write.set()
+        assert [rig.collected(handle) for handle in writes] == [True, True, True]
+        rig.table.unpin(ref)
+    finally:
+        movers[0].may_write.set()
+        movers.clear()  # they keep the arena mapped
+        rig.close()
