@@ -12,6 +12,9 @@ control path
     ``store`` and ``load`` of 2,000 blocks of 64 bytes: operations, ring, worker loop, checks, copy,
     publication and collection, from the call to the end; divide by the number of blocks.
     Baseline ``memcpy``: the bytes alone.
+CPU time
+    ``counted``: a call of the engine that does nothing, with its CPU time counted. Baseline:
+    ``plain``.
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import claim_worker, set_attached
 from kvbm._fast.segment import Segment
+from kvbm._fast.timing import CallTime
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.leader.leader import Leader
 from kvbm.transfer.arena_layout import ArenaLayout
+from kvbm.vllm_integration.call_time import counted
 
 CHUNK = 64
 STEP = 1
@@ -137,6 +142,28 @@ def test_load(benchmark: Any, engine: Leader) -> None:
 
     assert benchmark(load) > 0
     table.unpin(ref)
+
+
+class Calls:
+    """Calls that do nothing."""
+
+    def __init__(self, table: OperationTable) -> None:
+        self.call_time = CallTime(table.segment)
+
+    @counted
+    def counted(self, number: int) -> int:
+        """Counted as those of an engine."""
+        return number
+
+    def plain(self, number: int) -> int:
+        """Not counted."""
+        return number
+
+
+@pytest.mark.parametrize("name", ["counted", "plain"])
+def test_call(benchmark: Any, engine: Leader, name: str) -> None:
+    benchmark.group = "CPU time of a call"
+    assert benchmark(getattr(Calls(engine.table), name), 7) == 7
 
 
 def test_memcpy(benchmark: Any) -> None:

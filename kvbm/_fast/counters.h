@@ -35,7 +35,7 @@ typedef enum {
     KV_C_EVICTED_CLEARED,         /* by a reset or the controller */
     KV_C_EVICTED_UNREADABLE,      /* its bytes could not be read back */
     KV_C_RECOVERED,               /* taken from a dead process that was filling or evicting it */
-    KV_C_CPU_NS,                  /* of the threads of a worker that copy */
+    KV_C_CPU_NS,                  /* worker: of its threads that copy; leader: of calls to it */
     KV_C_COUNT
 } kv_counter;
 

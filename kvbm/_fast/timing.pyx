@@ -6,8 +6,9 @@ been done on a rank is in two of them, one for the time since it was submitted, 
 request waits for, and one for the copy alone. What failed or was cancelled is in neither. They are
 counted before the operation's end is shown, so whoever sees it ended sees it counted.
 
-CPU time is that of the thread that asks, since it asked last: a system call of a few hundred
-nanoseconds, made once an operation or a disk row, and before a thread sleeps.
+CPU time is that of the thread that asks: a system call of a few hundred nanoseconds. A copy thread
+asks once an operation or a disk row, and before it sleeps, and counts what it took since it asked
+last; a leader asks at the begin and at the end of each of its engine's calls.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from posix.time cimport clock_gettime, timespec
@@ -143,6 +144,31 @@ def worker_latencies(Segment segment not None, leader: int, rank: int) -> dict[s
             read_histogram(kv_histogram_of(&segment.view, line, column, kind, KV_LATENCY_TOTAL)),
             read_histogram(kv_histogram_of(&segment.view, line, column, kind, KV_LATENCY_COPY)))
     return found
+
+
+cdef class CallTime:
+    """CPU time of an engine's calls, counted on the line of the leader that they go to.
+
+    A context around each call, of one thread and one at a time.
+
+    Parameters
+    ----------
+    segment : Segment
+        Attached; with a leader's line, or nothing is counted.
+    """
+    cdef Segment segment
+    cdef uint64_t began_ns
+
+    def __cinit__(self, Segment segment not None) -> None:
+        self.segment = segment
+
+    def __enter__(self) -> None:
+        self.began_ns = thread_cpu_ns()
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        cdef uint64_t spent = thread_cpu_ns() - self.began_ns
+        self.segment.check_open()
+        kv_count(&self.segment.view, KV_C_CPU_NS, spent)
 
 
 def thread_cpu_time_ns() -> int:

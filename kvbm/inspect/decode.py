@@ -266,6 +266,12 @@ class Segment:
             total = values.sum(axis=0, dtype=np.uint64)
         return {name: int(total[i]) if len(values) else 0 for i, name in enumerate(COUNTER_NAMES)}
 
+    def cpu_seconds(self) -> npt.NDArray[np.float64]:
+        """CPU time that was counted on each line; empty where there are no counters to read."""
+        values = self.array("counters")["value"]
+        seconds: npt.NDArray[np.float64] = values[:, COUNTER_NAMES.index("cpu_ns")] / 1e9
+        return seconds
+
     def is_alive(self, line: int) -> bool | None:
         """Whether a process holds the lock of a line; None: unknown."""
         return None if self.capture.locked is None else line in self.capture.locked

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvbm._fast import contract
 from kvbm.inspect.latency import latency_rows
-from kvbm.inspect.live import WINDOWS, LiveSegment, Rates, Sweep
+from kvbm.inspect.live import LEADER_CPU, WINDOWS, LiveSegment, Rates, Sweep
 
 Row = dict[str, Any]
 
@@ -33,7 +33,8 @@ def frame(live: LiveSegment, rates: Rates, disk: Followed | None = None) -> Row:
     dict
         Values that JSON can carry: `instance`, `age_seconds`, `recovering`, `pools` (name to `used`
         and `total`), `blocks` (state to number, and `held`), `windows` (`seconds`, `hit_rate`,
-        `per_second` of each counter), `operations`, the oldest first, `participants`, `prefixes`,
+        `per_second` of each counter, `cpu`: cores that `leaders`' calls and the copies of
+        `workers` took), `operations`, the oldest first, `participants`, `prefixes`,
         `used` (prefixes at which most matches ended), `latencies` (of all transfers so far);
         `disk`: `blocks` and `windows` of the disk tier, None if there is none.
     """
@@ -77,12 +78,13 @@ def _disk(live: LiveSegment, rates: Rates) -> Row:
 
 def _window(rates: Rates, seconds: int) -> Row:
     elapsed, moved = rates.moved(seconds)
+    per_second = {name: value / elapsed if elapsed > 0 else 0.0 for name, value in moved.items()}
+    calls = per_second.pop(LEADER_CPU)
     return {
         "seconds": seconds,
         "hit_rate": rates.share(seconds, "matched_blocks", "lookup_blocks"),
-        "per_second": {
-            name: value / elapsed if elapsed > 0 else 0.0 for name, value in moved.items()
-        },
+        "per_second": per_second,
+        "cpu": {"leaders": calls / 1e9, "workers": (per_second["cpu_ns"] - calls) / 1e9},
     }
 
 

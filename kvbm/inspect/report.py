@@ -115,6 +115,10 @@ def summary(segment: Segment) -> Row:
         "workers": sum(line["role"] == "worker" for line in lines),
         "dead": sum(line["alive"] is False for line in lines),
         "counters": segment.counters(),
+        "cpu_seconds": {
+            "leaders": float(segment.cpu_seconds()[: contract.LEADERS].sum()),
+            "workers": float(segment.cpu_seconds()[contract.LEADERS :].sum()),
+        },
         "latencies": latency_rows(segment.array("histograms")),
         "arenas": [
             {
@@ -194,6 +198,7 @@ def participant_rows(segment: Segment, wanted: Lines | None = None) -> Iterator[
     """Lines that are marked as used, or whose lock somebody holds."""
     wanted = wanted or Lines()
     pins = _pins_by_leader(segment)
+    cpu = segment.cpu_seconds()
     for line, record in enumerate(segment.participants):
         role, alive = int(record["role"]), segment.is_alive(line)
         if role == 0 and not alive:
@@ -216,6 +221,7 @@ def participant_rows(segment: Segment, wanted: Lines | None = None) -> Iterator[
             "step_bound": None if is_leader else int(record["step_bound"]),
             "step_filled": None if is_leader else int(record["step_filled"]),
             "queued": None if is_leader else _queued(segment, line),
+            "cpu_seconds": float(cpu[line]) if line < len(cpu) else None,
         }
         if wanted.role not in (None, row["role"]):
             continue

@@ -122,6 +122,7 @@ PARTICIPANT_COLUMNS = (
     Column("pins", 7, lambda r: r["pins"]),
     Column("queued", 6, lambda r: r["queued"]),
     Column("step", 8, lambda r: r["step_filled"]),
+    Column("cpu", 7, lambda r: duration(r["cpu_seconds"])),
     Column("age", 7, lambda r: duration(r["age_seconds"])),
     Column("engine", 16, lambda r: r["engine"], left=True),
 )
@@ -200,6 +201,11 @@ def _life_lines(row: Row) -> Iterator[str]:
     operations = ", ".join(f"{count} {name}" for name, count in row["operations"].items())
     yield f"operations   {operations or 'none in flight'}"
     yield f"hit rate     {percent(row['hit_rate'])} of the blocks looked up"
+    cpu = row["cpu_seconds"]
+    yield (
+        f"cpu time     {duration(cpu['leaders'])} in leaders' calls, "
+        f"{duration(cpu['workers'])} in copies"
+    )
     yield from latency_lines(row["latencies"])
     yield "counters"
     yield from _counter_lines(row["counters"])

@@ -67,6 +67,8 @@ def _hits(windows: list[Row]) -> Iterator[str]:
         ("stores skipped a second", "skipped_no_slot"),
     ):
         yield f"{text:<24}" + "".join(f"{w['per_second'][name]:>12.1f}" for w in windows)
+    for text, name in (("CPU of leaders' calls", "leaders"), ("CPU of copies", "workers")):
+        yield f"{text:<24}" + "".join(f"{percent(w['cpu'][name]):>12}" for w in windows)
 
 
 def _transfers(frame: Row) -> Iterator[str]:

@@ -95,7 +95,9 @@ COUNTERS: dict[str, Shown] = {
     "recovered": Shown(
         "kvbm_blocks_recovered", "Blocks given back that the dead were filling or evicting.", {}
     ),
-    "cpu_ns": Shown("kvbm_cpu_seconds", "CPU time of the threads that copy.", {}, 1e-9),
+    "cpu_ns": Shown(
+        "kvbm_cpu_seconds", "CPU time: of a rank's copies, of an engine's calls.", {}, 1e-9
+    ),
     "errors": Shown("kvbm_errors", "Surprises that cost a request its cache.", {}),
     "resets": Shown("kvbm_resets", "Resets of the cache.", {}),
 }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment
+from kvbm._fast.timing import CallTime
 from kvbm.closing import close_at_exit
 from kvbm.fingerprint import Fingerprint
 from kvbm.hashing import TokenChain, engine_hashes_problem, identity_mix, token_chain
@@ -32,6 +33,7 @@ from kvbm.step import StepMetadata
 from kvbm.tiers.disk import slab_path
 from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.vllm_integration import compat
+from kvbm.vllm_integration.call_time import counted
 from kvbm.vllm_integration.consolidator_config import start_events
 from kvbm.vllm_integration.engine import (
     apply_load_failure_policy,
@@ -132,6 +134,7 @@ class KvConnectorLeader:
         """Open the segment, and the record if there is to be one."""
         recorder = open_recorder(self.settings)  # it may be refused: before anything is made
         self.segment = self._open_segment(vllm_config)
+        self.call_time = CallTime(self.segment)
         table = OperationTable(self.segment)
         disk = open_disk_tier(self.settings, table, self._disk_spec(), self._block_bytes)
         self._disk = disk[1] if disk else None
@@ -271,6 +274,7 @@ class KvConnectorLeader:
             group.keys = Keys(known.chain, 1, number)
         sequence.look_again()
 
+    @counted
     def match(self, request: "Request", computed_tokens: int) -> int | None:
         """Tokens beyond the device's own prefix that can be loaded: whole blocks, never the last.
 
@@ -288,6 +292,7 @@ class KvConnectorLeader:
         blocks = self.leader.look_up(sequence, start, stop)
         return None if blocks is None else blocks * self.block_tokens
 
+    @counted
     def allocated(
         self, request: "Request", block_ids: Sequence[Sequence[int]], external_tokens: int
     ) -> None:
@@ -313,6 +318,7 @@ class KvConnectorLeader:
                 self.leader.fail_load(request.request_id, targets)
             raise
 
+    @counted
     def finished(self, request: "Request") -> bool:
         """The request is done; True while its device blocks must be kept."""
         request_id = request.request_id
@@ -333,6 +339,7 @@ class KvConnectorLeader:
         finally:
             self._known.pop(request_id, None)
 
+    @counted
     def worker_output(self, output: "KVConnectorOutput") -> None:
         """What all workers have reported."""
         self.leader.loads_ended(
@@ -342,6 +349,7 @@ class KvConnectorLeader:
             self.leader.collect()
 
     # ---- steps -----------------------------------------------------------------------------------
+    @counted
     def build_step(self, output: "SchedulerOutput") -> StepMetadata:
         """End of a scheduling step: store the blocks that it completes.
 
@@ -447,6 +455,7 @@ class KvConnectorLeader:
         """Whether device blocks of finished requests become free when transfers end."""
         return self.leader.holds_device_blocks
 
+    @counted
     def reset(self) -> None:
         """Make all cached content unreachable."""
         self.leader.reset()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ import pytest
 
 from kvbm._fast.contract import LATENCY_BOUNDS_NS
 from kvbm._fast.keys import Keys
-from kvbm._fast.participants import claim_worker
+from kvbm._fast.participants import claim_worker, engine_counters
 from kvbm._fast.recovery import recover
-from kvbm._fast.segment import Segment
-from kvbm._fast.timing import Histogram, thread_cpu_time_ns, worker_latencies
+from kvbm._fast.segment import Segment, SegmentFault
+from kvbm._fast.timing import CallTime, Histogram, thread_cpu_time_ns, worker_latencies
 from kvbm._fast.worker_loop import WorkerLoop
 from kvbm.transfer.arena_layout import ArenaLayout
 from kvbm.transfer.backends import RankCopies
@@ -139,11 +140,43 @@ def test_the_cpu_time_of_the_copy_thread_is_counted(rig: Rig) -> None:
     assert 0 < spent <= time.process_time_ns() - before
 
 
+def spin(ns: int) -> None:
+    """Use the processor for so long."""
+    began = time.thread_time_ns()
+    while time.thread_time_ns() - began < ns:
+        pass
+
+
+def test_the_cpu_time_of_calls_is_on_their_leaders_line(make_instance: MakeInstance) -> None:
+    one = make_instance(8)
+    tables = one.leader(), one.leader()
+    calls = CallTime(tables[1].segment)
+    before = time.thread_time_ns()
+    spin(1_000_000)  # not in a call
+    with calls:
+        spin(2_000_000)
+        threading.Event().wait(0.02)  # no CPU time
+    with pytest.raises(KeyError), calls:
+        {}["a call that raises"]
+    elapsed = time.thread_time_ns() - before
+    spent = [engine_counters(table.segment)["cpu_ns"] for table in tables]
+    assert spent[0] == 0
+    assert 2_000_000 <= spent[1] <= elapsed - 1_000_000
+
+
+def test_calls_to_a_segment_that_is_closed_are_refused(make_instance: MakeInstance) -> None:
+    segment = make_instance(8).leader().segment
+    calls = CallTime(segment)
+    segment.close()
+    with pytest.raises(SegmentFault), calls:
+        pass
+    with pytest.raises(TypeError):
+        CallTime(None)  # type: ignore[arg-type]
+
+
 def test_the_clock_is_that_of_the_calling_thread() -> None:
     before = thread_cpu_time_ns()
-    began = time.thread_time_ns()
-    while time.thread_time_ns() - began < 2_000_000:
-        pass
+    spin(2_000_000)
     assert thread_cpu_time_ns() - before >= 2_000_000
 
 

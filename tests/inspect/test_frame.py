@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 
-from kvbm._fast.segment import COUNTER_NAMES
+import pytest
+
 from kvbm.inspect.follow import Follower
 from kvbm.inspect.frame import frame
-from kvbm.inspect.live import LiveSegment, Rates
+from kvbm.inspect.live import MOVING, LiveSegment, Rates
 from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
 
@@ -49,7 +50,7 @@ def test_a_picture_has_what_the_segment_has(sample: Sample) -> None:
 
 def test_rates_are_those_of_the_windows(sample: Sample) -> None:
     rates = Rates(every=0)
-    zero = dict.fromkeys(COUNTER_NAMES, 0)
+    zero = dict.fromkeys(MOVING, 0)
     rates.add(100.0, zero)
     rates.add(110.0, zero | {"lookup_blocks": 40, "matched_blocks": 30})
     with LiveSegment(sample.name) as live:
@@ -57,6 +58,18 @@ def test_rates_are_those_of_the_windows(sample: Sample) -> None:
     assert [window["seconds"] for window in windows] == [1, 10, 60]
     assert [window["hit_rate"] for window in windows] == [0.75] * 3
     assert windows[1]["per_second"]["matched_blocks"] == 3.0
+
+
+def test_the_cpu_time_of_leaders_and_of_workers_is_told_apart(sample: Sample) -> None:
+    sample.table.count("cpu_ns", 300_000_000)
+    with LiveSegment(sample.name) as live:
+        counters = live.counters()
+        assert (counters["cpu_ns"], counters["leader_cpu_ns"]) == (300_000_000, 300_000_000)
+        rates = Rates(every=0)
+        rates.add(100.0, dict.fromkeys(MOVING, 0))
+        rates.add(110.0, counters | {"cpu_ns": 2_300_000_000})
+        for window in frame(live, rates)["windows"]:
+            assert window["cpu"] == pytest.approx({"leaders": 0.03, "workers": 0.2})
 
 
 def test_the_disk_tier_is_in_the_picture(disk: DiskSample) -> None:

@@ -19,7 +19,8 @@ from tests.inspect.samples import Sample
 def test_what_is_followed_is_what_is_captured(sample: Sample) -> None:
     whole = report.summary(Segment(capture(sample.name)))
     with LiveSegment(sample.name) as live:
-        assert live.counters() == whole["counters"]
+        cpu = {"leader_cpu_ns": whole["cpu_seconds"]["leaders"]}
+        assert live.counters() == whole["counters"] | cpu
         assert live.pools() == {
             name: (pool["used"], pool["total"]) for name, pool in whole["pools"].items()
         }

@@ -6,9 +6,8 @@ from __future__ import annotations
 import re
 
 from kvbm._fast.keys import Keys
-from kvbm._fast.segment import COUNTER_NAMES
 from kvbm.inspect.frame import frame
-from kvbm.inspect.live import LiveSegment, Rates
+from kvbm.inspect.live import MOVING, LiveSegment, Rates
 from kvbm.inspect.top_view import gigabytes, screen
 from tests.fast.instances import cache, digests
 from tests.inspect.disk_samples import DiskSample
@@ -29,6 +28,8 @@ blocks loaded a second 0.0 0.0 0.0
 blocks evicted a second 0.0 0.0 0.0
 to make room 0.0 0.0 0.0
 stores skipped a second 0.0 0.0 0.0
+CPU of leaders' calls 0.0 % 0.0 % 0.0 %
+CPU of copies 0.0 % 0.0 % 0.0 %
 
 stored 0.00 MB/s 0.00 MB/s 0.00 MB/s
 loaded 0.00 MB/s 0.00 MB/s 0.00 MB/s
@@ -82,7 +83,7 @@ def test_rates_of_bytes_have_a_unit_that_fits() -> None:
 
 def test_the_disk_tier_has_lines_of_its_own(disk: DiskSample) -> None:
     rates = Rates(every=0)
-    zero = dict.fromkeys(COUNTER_NAMES, 0)
+    zero = dict.fromkeys(MOVING, 0)
     rates.add(100.0, zero)
     rates.add(110.0, zero | {"bytes_stored": 50_000_000_000, "bytes_loaded": 20_000_000})
     with LiveSegment(disk.name) as live, LiveSegment(f"{disk.name}.disk") as tier:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -35,6 +36,9 @@ def test_a_scrape_shows_what_the_requests_did(connect: Any) -> None:
     assert value(found, "kvbm_matched_tokens") == 4 * BLOCK
     assert value(found, "kvbm_host_cache_hit_rate") == 0.5  # none of four, then four of four
     assert value(found, "kvbm_disk_cache_hit_rate") == 0.0
+    cpu = [value(found, "kvbm_cpu_seconds_total", rank=rank, tier="host") for rank in ("", "0")]
+    assert min(cpu) > 0  # of the scheduler's calls, of the copies
+    assert sum(cpu) < time.process_time()
 
 
 def test_blocks_that_a_look_up_brought_from_disk_are_hits_of_the_disk(connect: Any) -> None:
