@@ -95,8 +95,9 @@ class ReadAheadRun(DiskRun):
         self.useful += len(found_ahead)
         self._waiting -= set(ids)
         found, deepest = super().match(keys, blocks)
-        if self.bound and found and (found > there or not self.only_after_disk):
-            self._read_ahead(ids[:found])
+        hits = min(found, blocks)
+        if self.bound and hits and (hits > there or not self.only_after_disk):
+            self._read_ahead(ids[:hits])
         return found, deepest
 
     def _read_ahead(self, prefix: Sequence[int]) -> None:

@@ -110,16 +110,17 @@ class DiskRun(Run):
         self.tier = DiskTier(table, DiskFlow(trace.block_tokens, 1, filtered), lambda: self.now_s)
         self.tier.open(disk)
         self._sequence: TrackedSequence | None = None
+        self._there = 0
 
     def request(self, number: int, request: Request, ends_s: float) -> None:
         """Let a request arrive, and what it used reach the disk."""
         self.now_s = request.timestamp_ms / 1000
-        skipped, hits = self.skipped, self.hits
+        skipped = self.skipped
         super().request(number, request, ends_s)
         assert self._sequence is not None
         (group,) = self._sequence.groups
         group.stored = len(group.keys) - (self.skipped - skipped)
-        if group.stored > self.hits - hits:
+        if group.stored > self._there:
             self.tier.used(self._sequence)
         self.write()
 
@@ -133,18 +134,20 @@ class DiskRun(Run):
     def match(self, keys: Keys, blocks: int) -> tuple[int, int | None]:
         """Find what is cached of a prompt, and bring back what is on disk, as a look-up does."""
         self._sequence = sequence = TrackedSequence("", [GroupBlocks(keys)])
-        hits, deepest = self.table.match(keys, 0, blocks)
+        self._there, deepest = self.table.match(keys, 0, len(keys))
+        hits = min(self._there, blocks)
         if not self.tier.promote(sequence, hits, blocks):
-            return hits, deepest
+            return self._there, deepest
         if deepest is not None:
             self.table.unpin(deepest)
         while self.tier.is_promoting(sequence):
             pass
-        found, deepest = self.table.match(keys, 0, blocks)
+        self._there, deepest = self.table.match(keys, 0, len(keys))
+        found = min(self._there, blocks)
         self.disk_hits += max(0, found - hits)
         self.tier.promote(sequence, found, blocks)  # counts their use; nobody waits twice
         self.decisions.update(array("Q", [found]))
-        return found, deepest
+        return self._there, deepest
 
     def outcome(self) -> DiskOutcome:
         """What became of the disk tier."""

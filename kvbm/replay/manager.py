@@ -3,9 +3,11 @@
 
 Each request does what the leader does for it (kvbm/leader/leader.py): it matches its prefix, which
 pins it, reserves what is missing, which evicts, publishes, and lets go of it when it has finished,
-the end of the chain first. Only the copies are left out. Time is the trace's own: a request ends
-`Pace.seconds` after it has arrived, so nothing depends on how fast this runs, and the same trace
-gives the same decisions, bit for bit; `Outcome.decisions` is a hash of them.
+the end of the chain first. The blocks of its answer, where the trace knows them, are stored like
+the others; those that are there already become recent, as in a store. Only the copies are left out.
+Time is the trace's own: a request ends `Pace.seconds` after it has arrived, so nothing depends on
+how fast this runs, and the same trace gives the same decisions, bit for bit; `Outcome.decisions` is
+a hash of them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -143,7 +145,7 @@ class Run:
 
     def __init__(self, table: BlockTable, trace: Trace) -> None:
         self.table = table
-        distinct = {block for r in trace.requests for block in (*r.blocks, *r.generated)}
+        distinct = {block for r in trace.requests for block in r.chain}
         # Hashed once: an engine's block hashes exist, too, before the table is asked.
         self.digest = {b: hashlib.sha256(b"%d" % b).digest() for b in distinct}
         # When each running request ends, its number (ties in the order of arrival), its blocks.
@@ -169,12 +171,12 @@ class Run:
         """Let a request arrive; it ends at `ends_s`."""
         table, clock = self.table, time.perf_counter_ns
         digest = self.digest
-        keys = Keys([digest[block] for block in chain(request.blocks, request.generated)])
+        keys = Keys([digest[block] for block in request.chain])
         blocks = len(request.blocks)
         t0 = clock()
-        hits, deepest = self.match(keys, blocks)
+        found, deepest = self.match(keys, blocks)
         t1 = clock()
-        reserved = table.reserve(keys, hits, len(keys), deepest)
+        reserved = table.reserve(keys, found, len(keys), deepest)
         t2 = clock()
         refs = [ref for ref, _ in reserved]
         table.publish(refs)
@@ -182,15 +184,16 @@ class Run:
         self.latency_ns["match"].append(t1 - t0)
         self.latency_ns["reserve"].append(t2 - t1)
         self.latency_ns["publish"].append(t3 - t2)
+        hits = min(found, blocks)
         self.hits += hits
-        self.skipped += len(keys) - hits - len(refs)
+        self.skipped += len(keys) - found - len(refs)
         self.decisions.update(array("Q", [hits, *refs]))
         held = refs if deepest is None else [deepest, *refs]
         heapq.heappush(self.running, (ends_s, number, held))
 
     def match(self, keys: Keys, blocks: int) -> tuple[int, int | None]:
-        """Find what is cached of a prompt; the deepest block is held."""
-        return self.table.match(keys, 0, blocks)
+        """Find what is cached of a prompt of so many blocks and its answer; the deepest is held."""
+        return self.table.match(keys, 0, len(keys))
 
 
 def replay(

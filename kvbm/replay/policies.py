@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What other policies would have hit: the yardsticks of a replay.
 
-All count as kvbm does: a hit is a block of a request's leading run. They see the blocks of a
-request from its end to its start, so that a chain is evicted from its end.
+All count and store as kvbm does: a hit is a block of a prompt's leading run, and the blocks of an
+answer are stored as well where the trace knows them. They see the blocks of a request from its end
+to its start, so that a chain is evicted from its end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def lru_hits(trace: Trace, capacity: int) -> int:
     hits = 0
     for request in trace.requests:
         hits += _leading_run(request.blocks, cached)
-        for block in reversed(request.blocks):
+        for block in reversed(request.chain):
             if block in cached:
                 cached.move_to_end(block)
                 continue
@@ -105,7 +106,7 @@ def arc_hits(trace: Trace, capacity: int) -> int:
     hits = 0
     for request in trace.requests:
         hits += sum(1 for _ in _run_of(request.blocks, cache))
-        for block in reversed(request.blocks):
+        for block in reversed(request.chain):
             cache.access(block)
     return hits
 
@@ -121,20 +122,22 @@ def optimum_hits(trace: Trace, capacity: int) -> int:
     """Hits of a policy that knows the future.
 
     Belady's: what is used last again goes first, a block that would go at once is not stored; of
-    blocks that are used again by the same request, the deepest goes first.
+    blocks that are used again by the same request, the deepest goes first. A block that is
+    generated again before it is asked for is of no use until then.
     """
     following: list[list[int]] = [[] for _ in trace.requests]
     seen: dict[int, int] = {}
     for index in range(len(trace.requests) - 1, -1, -1):
-        blocks = trace.requests[index].blocks
-        following[index] = [seen.get(block, NEVER) for block in blocks]
-        seen.update((block, index) for block in blocks)
+        request = trace.requests[index]
+        following[index] = [seen.get(block, NEVER) for block in request.chain]
+        seen.update((block, NEVER) for block in request.generated)
+        seen.update((block, index) for block in request.blocks)
     cached: dict[int, int] = {}
     order: list[tuple[int, int, int]] = []  # (- next use, - depth, block): the first to go
     hits = 0
     for index, request in enumerate(trace.requests):
         hits += _leading_run(request.blocks, cached)
-        for depth, block in enumerate(request.blocks):
+        for depth, block in enumerate(request.chain):
             use = following[index][depth]
             if block not in cached and use == NEVER:
                 continue
@@ -153,7 +156,7 @@ def unbounded_hits(trace: Trace, capacity: int) -> int:
     hits = 0
     for request in trace.requests:
         hits += _leading_run(request.blocks, cached)
-        cached.update(request.blocks)
+        cached.update(request.chain)
     return hits
 
 

@@ -41,6 +41,11 @@ class Request(NamedTuple):
     blocks: list[int]
     generated: tuple[int, ...] = ()
 
+    @property
+    def chain(self) -> list[int]:
+        """All blocks that there are when it ends: the prompt's, then the answer's."""
+        return [*self.blocks, *self.generated]
+
 
 class Trace(NamedTuple):
     """Requests in the order of arrival.
@@ -67,7 +72,7 @@ class Trace(NamedTuple):
     @property
     def distinct(self) -> int:
         """Blocks that differ: what an unbounded cache would hold at the end."""
-        return len({block for r in self.requests for block in (*r.blocks, *r.generated)})
+        return len({block for r in self.requests for block in r.chain})
 
 
 BLOCK_TOKENS = 512

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real block table under a trace."""
 
+import random
+
 import pytest
 
 from kvbm.replay.manager import CALLS, Pace, replay
@@ -9,6 +11,28 @@ from kvbm.replay.synthetic import conversations
 from kvbm.replay.trace import Request, Trace
 
 TRACE = conversations(400, 1)
+
+
+def talks(seed: int) -> Trace:
+    """Conversations as a record has them: with answers, and with turns that are asked again."""
+    rng = random.Random(seed)
+    requests: list[Request] = []
+    histories: list[list[int]] = []
+    block = 1
+    for number in range(300):
+        if requests and rng.random() < 0.2:  # the same question: the same answer, again
+            requests.append(rng.choice(requests[-60:])._replace(timestamp_ms=number))
+            continue
+        if len(histories) < 4 or rng.random() < 0.2:
+            histories.append([0, -len(histories) - 1])
+        history = rng.choice(histories[-8:])
+        asked, answer = rng.randint(1, 4), rng.randint(0, 3)
+        history += range(block, block + asked)
+        generated = tuple(range(block + asked, block + asked + answer))
+        requests.append(Request(number, 0, 0, list(history), generated))
+        history += generated
+        block += asked + answer
+    return Trace(f"talks {seed}", requests, 16)
 
 
 def test_the_same_trace_gives_the_same_decisions_bit_for_bit() -> None:
@@ -23,6 +47,27 @@ def test_the_hits_are_those_of_exact_lru_within_half_a_point(capacity: int) -> N
     outcome = replay(TRACE, capacity)
     assert outcome.evicted > 0
     assert abs(outcome.hits - lru_hits(TRACE, capacity)) <= 0.005 * TRACE.references
+
+
+@pytest.mark.parametrize("capacity", [60, 100, 200, 400])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_answers_that_are_used_and_generated_again_the_hits_are_those_of_exact_lru(
+    seed: int, capacity: int
+) -> None:
+    trace = talks(seed)
+    outcome = replay(trace, capacity)
+    assert outcome.evicted > 0
+    assert outcome.hits == lru_hits(trace, capacity)
+
+
+def test_a_block_of_an_answer_that_is_there_already_is_neither_stored_nor_left_out() -> None:
+    trace = talks(0)
+    assert len({r.chain[-1] for r in trace.requests if r.generated}) < len(
+        [r for r in trace.requests if r.generated]
+    )
+    outcome = replay(trace, trace.distinct)
+    assert (outcome.stored, outcome.skipped) == (trace.distinct, 0)
+    assert outcome.hits == unbounded_hits(trace, 0)
 
 
 def test_a_table_that_is_large_enough_hits_all_that_can_be_hit_and_evicts_nothing() -> None:

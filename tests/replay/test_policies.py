@@ -48,3 +48,21 @@ def test_no_policy_beats_the_optimum_and_none_beats_an_unbounded_cache(seed: int
         assert lru_hits(trace, capacity) <= best <= ceiling
         assert arc_hits(trace, capacity) <= best
     assert best == ceiling == lru_hits(trace, 10**6) == arc_hits(trace, 10**6)
+
+
+def test_every_policy_stores_answers_and_counts_hits_on_prompts() -> None:
+    first = Request(0, 0, 0, [1], (2,))
+    follow = Request(1, 0, 0, [1, 2, 3])
+    for policy in POLICIES.values():
+        assert policy(Trace("t", [first, follow], 16), 10) == 2
+    # An answer takes room: 2 pushed 9 out, 9 then 2, the end of the older chain.
+    other = Request(2, 0, 0, [9])
+    trace = Trace("t", [other, first, other._replace(timestamp_ms=3), follow], 16)
+    assert lru_hits(trace, 2) == 1
+
+
+def test_the_optimum_does_not_keep_what_is_generated_again_before_it_is_asked_for() -> None:
+    answered = [Request(n, 0, 0, [n], (7,)) for n in (1, 2)]
+    asked = [Request(3, 0, 0, [5]), Request(4, 0, 0, [7])]
+    trace = Trace("t", [asked[0], answered[0], asked[0], answered[1], asked[1]], 16)
+    assert optimum_hits(trace, 1) == 2
