@@ -15,23 +15,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from kvbm._fast.keys import Keys
-from kvbm._fast.operation_table import OperationTable
-from kvbm._fast.segment import Segment
 from kvbm._fast.timing import CallTime
 from kvbm.closing import close_at_exit
-from kvbm.fingerprint import Fingerprint
 from kvbm.hashing import TokenChain, engine_hashes_problem, identity_mix, token_chain
-from kvbm.instance import engine_key, is_private, remove, remove_dead_private_instances
-from kvbm.leader.disk_opening import DiskSpec, open_disk_tier
+from kvbm.instance import is_private
 from kvbm.leader.leader import Leader
-from kvbm.leader.recorder import make_leader, open_recorder
+from kvbm.leader.opening import EngineCache, EnginePlace
 from kvbm.leader.sequences import TrackedSequence
-from kvbm.metrics.cache_stats import CacheStats
-from kvbm.metrics.exporter import start_exporter
-from kvbm.shared import SegmentSpec, close_and_remove, open_as_leader
 from kvbm.step import StepMetadata
-from kvbm.tiers.disk import slab_path
-from kvbm.tiers.host import ArenaHeader, wait_for_headers
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.call_time import counted
 from kvbm.vllm_integration.consolidator_config import start_events
@@ -55,9 +46,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
-
-WARM_START_SECS = 2.0
-"""Longest wait of an engine's start for its workers to open arenas that hold content."""
 
 
 class KvConnectorLeader:
@@ -101,53 +89,24 @@ class KvConnectorLeader:
         )
         self._known: dict[str, KnownRequest] = {}
         self._reported = False
-        remove_dead_private_instances()
-        self.leader = self._open_leader(vllm_config)
-        self._wait_for_content()
+        place = EnginePlace(self.instance, self.engine_id, self.ranks, self.block_tokens)
+        self._cache = EngineCache(place, self.settings, self._fingerprint(vllm_config))
+        assert self._cache.leader is not None
+        self.leader: Leader = self._cache.leader
+        self.segment = self._cache.segment
+        self.call_time = CallTime(self.segment)
         self._stats = StatsReader(self.segment, repeat=compat.STATS_GET_LOST)
-        self._hits = CacheStats(
-            self.engine_id,
-            self.settings.cache_stats_max_requests,
-            self.settings.cache_stats_log_interval_secs,
-        )
-        self._exporter = (
-            start_exporter(
-                self.instance,
-                self.settings.metrics_port,
-                self._hits.rates,
-                self.settings.disk_cache_dir,
-            )
-            if self.settings.metrics
-            else None
-        )
+        self._hits = self._cache.hits
+        self._exporter = self._cache.exporter
         self._events = start_events(
             vllm_config,
             self.settings,
             self.instance,
             self.group_count,
             own_hashes=self._problem is not None,
-            disk_is_open=lambda: self._disk is not None and self._disk.opened,
+            disk_is_open=self._cache.disk_is_open,
         )
         close_at_exit(self, self.close)
-
-    def _open_leader(self, vllm_config: "VllmConfig") -> Leader:
-        """Open the segment, and the record if there is to be one."""
-        recorder = open_recorder(self.settings)  # it may be refused: before anything is made
-        self.segment = self._open_segment(vllm_config)
-        self.call_time = CallTime(self.segment)
-        table = OperationTable(self.segment)
-        disk = open_disk_tier(self.settings, table, self._disk_spec(), self._block_bytes)
-        self._disk = disk[1] if disk else None
-        return make_leader(table, self.block_tokens, disk[0] if disk else None, recorder)
-
-    def _wait_for_content(self) -> None:
-        """Where arenas or slabs hold content, the first request finds it."""
-        if all(self.segment.ready_slots(rank) for rank in range(self.ranks)):
-            self.leader.liveness.wait_for_workers(WARM_START_SECS)
-        slabs = self._disk_spec().slabs
-        if self._disk is not None and slabs and all(path.exists() for path in slabs):
-            self._disk.wait(WARM_START_SECS)
-            self.leader.liveness.wait_for_workers(WARM_START_SECS)
 
     def _priorities_allow_stores(self) -> bool:
         """Return whether anything is offloaded: vLLM gives no priorities, so that all are 0."""
@@ -160,59 +119,12 @@ class KvConnectorLeader:
             )
         return least == 0
 
-    def _open_segment(self, vllm_config: "VllmConfig") -> Segment:
-        headers = wait_for_headers(
-            self.instance,
-            self.ranks,
-            self.settings.leader_worker_init_timeout_secs,
-            self.settings.shm_group,
-        )
-        per_block = sum(header.bytes_per_block for header in headers)
-        self._block_bytes = per_block
-        slots = self.settings.host_slots(per_block) or self.settings.staging_slots(per_block)
-        spec = SegmentSpec(
-            instance=self.instance,
-            host_slots=slots,
-            ranks=self.ranks,
-            block_tokens=self.block_tokens,
-            fingerprint=self._fingerprint(vllm_config, headers),
-            nonces=tuple(header.nonce for header in headers),
-            group=self.settings.shm_group,
-            disk_slots=self.settings.disk_slots(per_block),
-        )
-        self.settings.check_shm_room(spec.missing_bytes(per_block))
-        segment = open_as_leader(spec, engine_key(self.engine_id))
-        logger.info(
-            "host tier: %d blocks of %d tokens, %d bytes over %d ranks, instance %s",
-            slots,
-            self.block_tokens,
-            slots * per_block,
-            self.ranks,
-            self.instance,
-        )
-        return segment
-
-    def _disk_spec(self) -> DiskSpec:
-        ranks = 0 if is_private(self.instance) else self.ranks  # private slabs have no names
-        folder = self.settings.disk_cache_dir
-        return DiskSpec(
-            self.instance,
-            engine_key(self.engine_id),
-            tuple(slab_path(folder, self.instance, rank) for rank in range(ranks)),
-            group=self.settings.shm_group,
-        )
-
-    def _fingerprint(
-        self, vllm_config: "VllmConfig", headers: Sequence[ArenaHeader]
-    ) -> Fingerprint:
-        return Fingerprint(
-            {
-                **fingerprint_values(vllm_config, self.block_tokens),
-                "hashes": "engine" if self._problem is None else "kvbm",
-                "groups": self.group_count,
-                "geometry": [header.geometry.hex() for header in headers],
-            }
-        )
+    def _fingerprint(self, vllm_config: "VllmConfig") -> dict[str, Any]:
+        return {
+            **fingerprint_values(vllm_config, self.block_tokens),
+            "hashes": "engine" if self._problem is None else "kvbm",
+            "groups": self.group_count,
+        }
 
     # ---- requests --------------------------------------------------------------------------------
     def _keys(self, request: "Request") -> tuple[list[Keys], TokenChain | None]:
@@ -471,16 +383,8 @@ class KvConnectorLeader:
 
     def close(self) -> None:
         """Return everything and detach; may be called twice."""
-        if self.leader is not None:
-            for service in (self._exporter, self._events):
-                if service is not None:
-                    service.close()
-            self.leader.close()
-            if self._disk is not None:
-                self._disk.close()
-            close_and_remove(self.segment, self.instance)
-            if is_private(self.instance):
-                # vLLM may end its workers after this, without asking them to close: the names go
-                # now, the memory goes with the last worker.
-                remove(self.instance)
-            self.leader = None  # type: ignore[assignment]
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        self._cache.close()
+        self.leader = None  # type: ignore[assignment]

@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_events import ZmqEventPublisher
 
 from kvbm.config import Settings
+from kvbm.events.endpoints import (
+    OUTPUT_PORTS_ABOVE,
+    REPLAY_PORTS_ABOVE,
+    checked_port,
+    if_possible,
+    ports_above,
+)
 from kvbm.vllm_integration.engine import settings_of
 
 if TYPE_CHECKING:
@@ -27,11 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_PORTS_ABOVE = 1000
-"""Subscribers connect that many ports above `DYN_KVBM_LEADER_ZMQ_PUB_PORT`, as upstream."""
-REPLAY_PORTS_ABOVE = 1000
-"""The replay socket is that many ports above the output."""
-PORT_MAX = 65535
 CONNECTOR = "DynamoConnector"
 
 
@@ -91,15 +93,9 @@ def get_consolidator_endpoints(vllm_config: VllmConfig) -> tuple[str, str, str] 
     if reason is not None:
         logger.info("KV events are not consolidated: %s", reason)
         return None
-    port = _port(settings.leader_zmq_pub_port + OUTPUT_PORTS_ABOVE)
+    port = checked_port(settings.leader_zmq_pub_port + OUTPUT_PORTS_ABOVE)
     engine = _to_connect_to(vllm_config.kv_events_config.endpoint)
     return engine, f"tcp://0.0.0.0:{port}", f"tcp://127.0.0.1:{port}"
-
-
-def _port(port: int) -> int:
-    if port > PORT_MAX:
-        raise ValueError(f"the KV events' port {port} is above {PORT_MAX}")
-    return port
 
 
 def _to_connect_to(endpoint: str) -> str:
@@ -107,11 +103,6 @@ def _to_connect_to(endpoint: str) -> str:
     for everywhere in ("*", "0.0.0.0", "[::]"):
         endpoint = endpoint.replace(f"//{everywhere}:", "//127.0.0.1:")
     return endpoint
-
-
-def _ports_above(endpoint: str, count: int) -> str:
-    host, _, port = endpoint.rpartition(":")
-    return f"{host}:{_port(int(port) + count)}"
 
 
 def engine_endpoints(vllm_config: VllmConfig, rank: int) -> Endpoints | None:
@@ -134,11 +125,11 @@ def engine_endpoints(vllm_config: VllmConfig, rank: int) -> Endpoints | None:
         events.replay_endpoint = f"inproc://kvbm-replay-{vllm_config.kv_transfer_config.engine_id}"
     engine = ZmqEventPublisher.offset_endpoint_port(found[0], rank)
     replay = ZmqEventPublisher.offset_endpoint_port(events.replay_endpoint, rank)
-    output = _ports_above(found[1], rank)
+    output = ports_above(found[1], rank)
     return Endpoints(
         engine=engine,
         output=output,
-        replay=_ports_above(output, REPLAY_PORTS_ABOVE),
+        replay=ports_above(output, REPLAY_PORTS_ABOVE),
         engine_replay=_to_connect_to(replay),
         topic=events.topic,
     )
@@ -171,13 +162,9 @@ def start_events(
     if reason is not None:
         logger.debug("KV events are not consolidated: %s", reason)
         return None
-    try:
-        return _start(vllm_config, settings, instance, groups, own_hashes, disk_is_open)
-    except ImportError as error:
-        logger.error("no KV events: %s; pip install 'kvbm[events]'", error)
-    except Exception:
-        logger.exception("no KV events: the engine goes on without")
-    return None
+    return if_possible(
+        lambda: _start(vllm_config, settings, instance, groups, own_hashes, disk_is_open)
+    )
 
 
 def _start(

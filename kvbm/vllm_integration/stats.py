@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvbm._fast.participants import engine_counters
 from kvbm._fast.segment import Segment
-from kvbm.vllm_integration.guard import guarded
+from kvbm.guard import guarded
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

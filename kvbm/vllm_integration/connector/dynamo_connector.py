@@ -29,12 +29,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvbm.closing import call_after_children
 from kvbm.config import Settings
+from kvbm.guard import guarded
 from kvbm.shared import remove_as_engines_end
 from kvbm.step import StepMetadata
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.connector_leader import KvConnectorLeader
 from kvbm.vllm_integration.connector_worker import KvConnectorWorker
-from kvbm.vllm_integration.guard import guarded
 from kvbm.vllm_integration.stats import KvbmPromMetrics, KvbmStats
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM calls does not raise: that would end the engine, or its front end."""
+"""What an engine calls does not raise: that would end the engine, or its front end."""
 
 import functools
 import logging
