@@ -39,14 +39,19 @@ def test_everything_holds_whatever_the_engine_does(
     groups: int, make_engine: Callable[..., SmallEngine], inspect: Inspect
 ) -> None:
     engine = make_engine(
-        instance=NAME, ranks=2, groups=groups, host_slots=24, disk_cache_override_num_blocks=40
+        instance=NAME,
+        ranks=2,
+        groups=groups,
+        host_slots=12 * groups,
+        disk_cache_override_num_blocks=40 * groups,
     )
-    for number in range(4):  # the disk is too small for all of them
+    for number in range(4):  # the disk has room for the last of them, and not for all
         spill(engine, seed=number, value=float(number))
     assert counters(engine)["evicted"] > 0
     assert "disk I6 (slabs)" in holds(inspect)
-    assert ask(engine, "again", 3) == len(BLOCKS)  # back from disk
+    assert ask(engine, "again", 3) == len(BLOCKS)
     settle(engine)
+    assert counters(engine)["blocks_loaded"] > 0
     assert "disk I6 (slabs)" in holds(inspect)
     engine.leader.reset()
     engine.run_until(lambda: engine.leader.disk is not None)
