@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from kvbm._fast.objects import object_path
+from kvbm._fast.segment import shape_for
 from kvbm.inspect.cli import main
+from kvbm.instance import private_instance, segment_name
 from kvbm.tiers.disk_device import DiskDevice
-from tests.fast.instances import instance
+from tests.fast.instances import Instance, instance, unique_name
 from tests.inspect.disk_samples import DiskSample, disk_sample, slab_bytes
 from tests.inspect.samples import Sample, fill, frozen_snapshot
 
@@ -27,6 +30,18 @@ def sample() -> Iterator[Sample]:
         yield fill(one)
     finally:
         one.remove()
+
+
+@pytest.fixture
+def left() -> Iterator[str]:
+    """A private instance that its engine has left behind."""
+    name = private_instance(unique_name())
+    one = Instance(shape_for(64, 0, 1, 16, True), segment_name(name))
+    one.raw.close()
+    for segment in one.attached:
+        segment.close()
+    yield name
+    object_path(one.name).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 from kvbm._fast.segment import FORMAT_VERSION
 from kvbm.inspect import cli
 from kvbm.inspect.capture import capture
+from kvbm.instance import instances
 from tests.fast.instances import digests, instance
 from tests.inspect.conftest import Inspect
 from tests.inspect.samples import Sample, chain, fill, frozen_snapshot
@@ -80,6 +82,33 @@ def test_top(sample: Sample, inspect: Inspect) -> None:
     text = re.sub(r'"(age_seconds|pid)": [\d.e-]+', r'"\1": 1', text)
     text = text.replace(f": {os.getpid()},", ": 1,")
     check_golden("top.json", text + "\n")
+
+
+def check_gc(name: str, instance: str, found: Result) -> None:
+    """Compare what `gc` printed about one instance; both forms have their own file."""
+    assert (found.exit_code, found.stderr) == (0, "")
+    kind = "json" if found.stdout.startswith("{") else "txt"
+    check_golden(f"gc-{name}.{kind}", found.stdout.replace(instance, "NAME"))
+
+
+def test_gc_that_only_lists(left: str, inspect: Inspect) -> None:
+    check_gc("asks", left, inspect("gc", left, input="n\n"))
+    check_gc("asks", left, inspect("gc", left, "--json"))
+    assert left in instances()
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_gc_that_removes(form: tuple[str, ...], left: str, inspect: Inspect) -> None:
+    check_gc("removes", left, inspect("gc", left, "--yes", *form))
+    assert left not in instances()
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--json", "--yes")])
+def test_gc_with_nothing_to_do(
+    form: tuple[str, ...], inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbm.inspect.gc.instances", dict)
+    check_gc("nothing", "-", inspect("gc", *form))
 
 
 def test_snapshot(snapshot_file: Path, inspect: Inspect) -> None:

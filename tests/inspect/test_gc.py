@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,10 @@ import pytest
 from kvbm._fast.objects import SHARED_MEMORY
 from kvbm.errors import InspectError
 from kvbm.inspect import gc
-from kvbm.instance import instances, private_instance, segment_name
-from tests.fast.instances import Instance, unique_name
+from kvbm.instance import instances, segment_name
+from tests.fast.instances import unique_name
 from tests.inspect.conftest import Inspect
 from tests.inspect.samples import Sample
-
-ENGINE = unique_name()
-
-
-@pytest.fixture
-def left() -> Iterator[str]:
-    """A private instance that its engine has left behind."""
-    from kvbm._fast.segment import shape_for
-
-    name = private_instance(ENGINE)
-    one = Instance(shape_for(64, 0, 1, 16, True), segment_name(name))
-    one.raw.close()
-    for segment in one.attached:
-        segment.close()
-    yield name
-    path = SHARED_MEMORY / one.name.lstrip("/")
-    path.unlink(missing_ok=True)
 
 
 def test_what_a_dead_private_instance_left_is_found_and_removed(
