@@ -139,7 +139,7 @@ def _instance_row(instance: str) -> Row:
     try:
         found = report.summary(decoded(capture(instance)))
     except InspectError as error:
-        return row | {"state": "no segment", "problem": str(error)}
+        return row | {"state": "no segment", "problem": str(error).removeprefix(f"{instance} ")}
     names = ("state", "owner", "leaders", "workers", "pools", "age_seconds", "fingerprint")
     row |= {name: found[name] for name in names}
     return row | {"problem": "; ".join(found["damage"]) or None}

@@ -233,8 +233,8 @@ def _draw_run(
     scale_x, scale_y, top = scale
     colours, palette = paint
     first = int(run.blocks[0])
-    wide = max(1.0, run.total * scale_x - 0.5)
-    high = max(1.0, min(len(run.blocks), 100_000) * scale_y - 0.5)
+    wide = max(1.0, run.total * scale_x - 1)
+    high = max(1.0, min(len(run.blocks), 100_000) * scale_y - 1)
     y = top + min(int(positions[first]), 100_000) * scale_y
     drawing.rects.append((x, y, wide, high, palette[int(colours[first])]))
     for deeper in [key for key in place if key > level]:

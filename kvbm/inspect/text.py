@@ -176,7 +176,7 @@ def summary_lines(row: Row) -> Iterator[str]:
         )
     yield f"fingerprint  {row['fingerprint']}"
     for name, value in sorted(row["description"].items()):
-        yield f"  {name:<16} {value}"
+        yield f"  {name:<17} {value}"
     if row["kind"] == "slab":
         yield from _fill_lines(row["pools"])
     else:

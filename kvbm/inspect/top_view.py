@@ -46,7 +46,7 @@ def _head(frame: Row) -> Iterator[str]:
 def _fill(frame: Row) -> Iterator[str]:
     for name, pool in frame["pools"].items():
         used, total = pool["used"], pool["total"]
-        yield f"{name:<8} {bar(used / total, 40)} {used:>9}/{total:<9} {percent(used / total):>7}"
+        yield f"{name:<8} {bar(used / total, 40)} {percent(used / total):>7}  {used}/{total}"
     yield "states   " + "  ".join(f"{name} {count}" for name, count in frame["blocks"].items())
     if frame["disk"] is not None:
         states = frame["disk"]["blocks"].items()

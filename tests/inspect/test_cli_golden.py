@@ -23,6 +23,7 @@ from tests.fast.instances import digests, instance
 from tests.inspect.conftest import Inspect
 from tests.inspect.samples import Sample, chain, fill, frozen_snapshot
 from tests.inspect.test_cli import check_golden
+from tests.inspect.test_serve import ask, served
 
 
 @pytest.fixture
@@ -76,12 +77,29 @@ def test_map(what: str, snapshot_file: Path, inspect: Inspect) -> None:
     check_golden(f"map-{what}.svg", Path("map.svg").read_text(encoding="utf-8"))
 
 
-def test_top(sample: Sample, inspect: Inspect) -> None:
-    found = json.loads(inspect("top", sample.name, "--json", "--seconds", 0).stdout)
-    text = json.dumps(found, indent=1).replace(sample.name, "NAME")
+def check_picture(sample: Sample, found: str) -> None:
+    """Compare one picture of the live sample, without what differs between two runs."""
+    text = json.dumps(json.loads(found), indent=1).replace(sample.name, "NAME")
     text = re.sub(r'"(age_seconds|pid)": [\d.e-]+', r'"\1": 1', text)
     text = text.replace(f": {os.getpid()},", ": 1,")
     check_golden("top.json", text + "\n")
+
+
+def test_top(sample: Sample, inspect: Inspect) -> None:
+    check_picture(sample, inspect("top", sample.name, "--json", "--seconds", 0).stdout)
+
+
+def test_serve(sample: Sample) -> None:
+    with served(lambda: [sample.name]) as server:
+        check_picture(sample, ask(server, f"/frame.json?instance={sample.name}")[2].decode())
+        for name in ("instances.json", "frame.json", "elsewhere"):
+            body = json.loads(ask(server, f"/{name}")[2])
+            text = json.dumps(body, indent=1).replace(sample.name, "NAME")
+            check_golden(f"serve-{name.removesuffix('.json')}.json", text + "\n")
+        page = ask(server, "/")[2].decode()
+    # What it has before its script runs; how it looks is for the style, and for a browser.
+    static = re.sub(r"(<(style|script)>).*?(</\2>)", r"\1...\3", page, flags=re.DOTALL)
+    check_golden("serve.html", static)
 
 
 def check_gc(name: str, instance: str, found: Result) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -52,10 +53,23 @@ def test_the_tree_has_a_bar_for_each_run_below_its_parent(segment: Segment) -> N
     bars = drawing.rects[2:]  # after the legend of two groups
     assert len(bars) == 6
     (x, y, wide, high, _), (x1, y1, wide1, _, _), (x2, y2, wide2, _, _) = bars[:3]
-    assert (x1, y1) == (x, pytest.approx(y + high + 0.5))
+    assert (x1, y1) == (x, pytest.approx(y + high + 1))
     assert y2 == y1
-    assert x2 == pytest.approx(x1 + wide1 + 0.5)
+    assert x2 == pytest.approx(x1 + wide1 + 1)
     assert wide1 + wide2 < wide
+
+
+def test_bars_in_a_png_are_one_pixel_apart_wherever_they_begin(tmp_path: Path) -> None:
+    from PIL import Image
+
+    drawing = picture.Drawing(width=200, height=8)
+    for number in range(12):
+        drawing.rects.append((number * 10.3, 0.0, 9.3, 8.0, "#000000"))
+    picture.write(drawing, tmp_path / "bars.png")
+    with Image.open(tmp_path / "bars.png") as image:
+        line = [image.getpixel((x, 4)) == (255, 255, 255) for x in range(round(11 * 10.3))]
+    assert sum(line) == 11  # behind each bar but the last
+    assert not any(a and b for a, b in itertools.pairwise(line))
 
 
 @pytest.mark.parametrize("what", ["tiers", "tree"])

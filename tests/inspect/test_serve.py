@@ -6,12 +6,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from kvbm.inspect.serve import PageServer, run
 from tests.inspect.conftest import Inspect
 from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
+from tests.inspect.test_cli import check_golden
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 60.0
@@ -38,10 +41,10 @@ BROWSER_OPTIONS = (
 )
 
 
-@pytest.fixture
-def server(sample: Sample) -> Iterator[PageServer]:
-    """A server of the sample on a free port."""
-    made = PageServer(lambda: [sample.name], 0, "127.0.0.1")
+@contextmanager
+def served(instances: Callable[[], Iterable[str]]) -> Iterator[PageServer]:
+    """A server on a free port."""
+    made = PageServer(instances, 0, "127.0.0.1")
     thread = threading.Thread(target=made.serve_forever)
     thread.start()
     try:
@@ -50,6 +53,13 @@ def server(sample: Sample) -> Iterator[PageServer]:
         made.shutdown()
         thread.join()
         made.server_close()
+
+
+@pytest.fixture
+def server(sample: Sample) -> Iterator[PageServer]:
+    """A server of the sample."""
+    with served(lambda: [sample.name]) as made:
+        yield made
 
 
 def ask(
@@ -134,6 +144,9 @@ def test_a_signal_ends_the_command(sample: Sample, words: tuple[str, ...]) -> No
     if "Cannot assign requested address" in problem:
         pytest.skip("this host has no IPv6 loopback")
     url = json.loads(told)["url"] if "--json" in words else told
+    if "::1" not in words:
+        form = "json" if "--json" in words else "txt"
+        check_golden(f"serve.{form}", re.sub(r":\d+/", ":PORT/", told))
     assert url.startswith("http://[::1]:" if "::1" in words else "http://127.0.0.1:")
     assert (process.returncode, problem) == (0, "")
 
@@ -155,15 +168,8 @@ def test_a_browser_shows_the_numbers(server: PageServer, sample: Sample, tmp_pat
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_a_browser_shows_the_disk_tier(disk: DiskSample, tmp_path: Path) -> None:
-    server = PageServer(lambda: [disk.name], 0, "127.0.0.1")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with served(lambda: [disk.name]) as server:
         shown = shown_by_a_browser(server, tmp_path / "browser")
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
     for text in ("disk: 18 of 32 (56.3 %)", "<td>written to disk", "<td>read from disk"):
         assert text in shown, shown
 

@@ -16,8 +16,8 @@ from tests.inspect.samples import Sample
 LINES = """\
 kvbm NAME  age AGE  (q ends, space stops the picture)
 
-blocks   ███████████████████····················· NN/64 NN.N %
-host     ███████████████████····················· NN/64 NN.N %
+blocks   ███████████████████····················· NN.N % NN/64
+host     ███████████████████····················· NN.N % NN/64
 states   reset 34 partial 3 registered 27 evicting 0 held 1
 
 1 s 10 s 60 s
@@ -56,7 +56,7 @@ def test_the_screen_shows_everything_once(sample: Sample) -> None:
     text = "\n".join(re.sub(r" +", " ", line).strip() for line in found)
     text = text.replace(f"kvbm {sample.name}", "kvbm NAME").replace(f" {pid} ", " PID ")
     text = re.sub(r"\d+ (ms|s|min)(?=  ?\(q|$| \(q)", "AGE", text, flags=re.MULTILINE)
-    wanted = re.sub(r" +", " ", LINES).replace("NN/64 NN.N %", "30/64 46.9 %")
+    wanted = re.sub(r" +", " ", LINES).replace("NN.N % NN/64", "46.9 % 30/64")
     text = text.replace("1 s 10 s AGE", "1 s 10 s 60 s")
     assert text == wanted
 
@@ -89,7 +89,7 @@ def test_the_disk_tier_has_lines_of_its_own(disk: DiskSample) -> None:
     with LiveSegment(disk.name) as live, LiveSegment(f"{disk.name}.disk") as tier:
         tier.sweep_all()
         text = "\n".join(screen(frame(live, Rates(), (tier, rates))))
-    assert re.search(r"disk .* 18/32 +56.2 %", text)
+    assert re.search(r"disk .* 56.2 %  18/32", text)
     assert "on disk  reset 14  partial 2  registered 16" in text
     assert re.search(r"written to disk +5.00 GB/s +5.00 GB/s", text)
     assert re.search(r"read from disk +2.00 MB/s", text)
