@@ -2,11 +2,13 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvbm._fast.layout cimport kv_counter, kv_view
+from kvbm._fast.ranks cimport Ranks
 
 cdef enum:
     SWEEP_STEP_SMALL = 16          # blocks looked at a call, at least, in a small table
     SWEEP_STEP_LARGE = 2           # and in a large one, whose lines come from memory
     SMALL_TABLE = 65536            # blocks whose lines stay in a core's cache
+    RETRY_EMPTY_NS = 1000000       # after a sweep that found nothing, do not sweep again for 1 ms
 
 cdef struct Candidate:
     uint64_t recency
@@ -31,8 +33,10 @@ cdef struct Evictor:
     uint32_t sweep_least        # blocks looked at a call, at least
     uint32_t sweep_step         # blocks looked at an eviction
     uint64_t found_nothing_ns   # when a sweep over everything found nothing, 0 = it did not
+    Ranks *ranks                # NULL: upstream's order; else all but found_nothing_ns is there
 
 cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil
+cdef void evictor_order_by(Evictor *e, uint32_t capacity, Ranks *ranks) noexcept nogil
 cdef void evictor_free(Evictor *e) noexcept nogil
 cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil
 cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nogil

@@ -22,9 +22,12 @@ returned with a lower priority while a sweep is under way may be found one sweep
 leaders each sees the others' returns and evictions through the blocks themselves, and finds blocks
 that others made evictable at its next sweep. Work a call is bounded; the exception is a `ready`
 that runs dry before the sweep has ended, which then ends at once.
+
+With a policy of its own a leader asks kvbm/_fast/ranked.pyx instead.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from kvbm._fast.atomics cimport (
     kv_u32_load_relaxed,
@@ -47,10 +50,11 @@ from kvbm._fast.layout cimport (
     kv_word_generation,
     kv_word_state,
 )
+from kvbm._fast.ranked cimport ranked_advance, ranked_clear, ranked_offer, ranked_take
+from kvbm._fast.ranks cimport Ranks
 
 cdef enum:
     SWEEP_STEP_MAX = 256           # bounds what one call costs, when there is little to evict
-    RETRY_EMPTY_NS = 1000000       # after a sweep that found nothing, do not sweep again for 1 ms
 
 
 cdef inline bint before(const Candidate *a, const Candidate *b) noexcept nogil:
@@ -98,11 +102,19 @@ cdef Candidate heap_pop(CandidateHeap *h) noexcept nogil:
     return top
 
 
+cdef void heap_clear(CandidateHeap *h, uint32_t capacity) noexcept nogil:
+    if h.count != 0:
+        memset(h.present, 0, (capacity + 63) // 64 * sizeof(uint64_t))
+    h.count = 0
+    h.recency_max = 0
+
+
 cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
     """Memory for a table of `capacity` blocks.
 
     Pages are touched only when used. False: out of memory.
     """
+    e.ready.count = e.gathering.count = 0
     e.ready.items = <Candidate *>calloc(capacity, sizeof(Candidate))
     e.gathering.items = <Candidate *>calloc(capacity, sizeof(Candidate))
     e.ready.present = <uint64_t *>calloc((capacity + 63) // 64, sizeof(uint64_t))
@@ -111,15 +123,23 @@ cdef bint evictor_init(Evictor *e, uint32_t capacity) noexcept nogil:
             or e.gathering.present == NULL):
         evictor_free(e)
         return False
-    e.ready.count = e.gathering.count = 0
-    e.ready.recency_max = e.gathering.recency_max = 0
+    evictor_order_by(e, capacity, NULL)
+    return True
+
+
+cdef void evictor_order_by(Evictor *e, uint32_t capacity, Ranks *ranks) noexcept nogil:
+    """Begin anew, by the ranks of a policy or in upstream's order (NULL)."""
+    heap_clear(&e.ready, capacity)
+    heap_clear(&e.gathering, capacity)
     e.sweep_start_tick = e.ready_start_tick = 0
     e.sweep_seen = e.taken = 0
     e.cursor = 0
     e.sweep_least = SWEEP_STEP_SMALL if capacity <= SMALL_TABLE else SWEEP_STEP_LARGE
     e.sweep_step = e.sweep_least
     e.found_nothing_ns = 0
-    return True
+    e.ranks = ranks
+    if ranks != NULL:
+        ranked_clear(e)
 
 
 cdef void evictor_free(Evictor *e) noexcept nogil:
@@ -165,6 +185,9 @@ cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nog
     cdef uint64_t word
     cdef Candidate c
     cdef CandidateHeap used
+    if e.ranks != NULL:
+        ranked_advance(view, e, step)
+        return
     if e.cursor == 0:
         start_sweep(view, e)
     stop = e.cursor + step
@@ -200,6 +223,9 @@ cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nog
 cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogil:
     """A block may have become evictable now: its last child left, or it was returned."""
     cdef Candidate c
+    if e.ranks != NULL:
+        ranked_offer(view, e, block)
+        return
     if not candidate_of(view, block, &c):
         return
     if (e.found_nothing_ns != 0 or kv_recency_tick(c.recency) <= e.ready_start_tick
@@ -255,6 +281,8 @@ cdef bint evictor_take(kv_view *view, Evictor *e, kv_counter reason, uint32_t *b
     cdef Candidate c, now
     cdef uint64_t word
     cdef uint32_t parent = KV_NONE
+    if e.ranks != NULL:
+        return ranked_take(view, e, reason, block, host_slot)
     evictor_advance(view, e, e.sweep_step)
     while next_ready(view, e):  # each turn uses up an entry, or ends
         c = heap_pop(&e.ready)

@@ -12,6 +12,7 @@ cdef class Keys:
     cdef uint64_t mix[2]         # of what else identifies the request
     cdef uint64_t mask_lo        # of the group and the key epoch
     cdef uint64_t mask_hi
+    cdef readonly uint32_t use   # number of the request, see ranks.pyx; 0 = it has none
 
     cdef void set_epoch(self, uint32_t epoch) noexcept
     cdef Py_ssize_t count(self) noexcept

@@ -5,6 +5,7 @@ from kvbm._fast.blocks cimport Reservation
 from kvbm._fast.eviction cimport Evictor
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.layout cimport kv_view
+from kvbm._fast.ranks cimport Uses
 from kvbm._fast.segment cimport Segment
 from kvbm._fast.supply cimport Supply
 
@@ -19,7 +20,10 @@ cdef class BlockTable:
     cdef uint32_t *pins          # how often this leader holds each block
     cdef Evictor evictor
     cdef Supply supply
+    cdef Uses uses               # with a policy of eviction, else None
+    cdef uint32_t use            # of the sequence in the call in progress
 
+    cdef tuple longest(self, Keys keys, Py_ssize_t start, Py_ssize_t stop)
     cdef int mix(self, Keys keys) except -1
     cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
     cdef int prefetch(self, Keys keys, Py_ssize_t i, Py_ssize_t end) except -1

@@ -41,6 +41,7 @@ from kvbm._fast.eviction cimport (
     evictor_free,
     evictor_init,
     evictor_offer,
+    evictor_order_by,
     evictor_take,
 )
 from kvbm._fast.index cimport index_find, index_prefetch
@@ -66,6 +67,7 @@ from kvbm._fast.layout cimport (
     kv_word_generation,
     kv_word_state,
 )
+from kvbm._fast.ranks cimport Uses, ranks_returned, ranks_stamp
 from kvbm._fast.segment cimport Segment
 from kvbm._fast.supply cimport supply_give_back, supply_leave, supply_take
 
@@ -97,10 +99,35 @@ cdef class BlockTable:
         free(self.pins)
         evictor_free(&self.evictor)
 
+    def order_by(self, policy, Uses uses=None) -> None:
+        """Evict by a policy from now on; None: in upstream's order.
+
+        Parameters
+        ----------
+        policy : object or None
+            See kvbm/_fast/ranks.pyx; it ranks what `uses` counts.
+        uses : Uses
+            Made of this table's segment.
+
+        Raises
+        ------
+        ValueError
+            The uses are those of another segment.
+        """
+        self.segment.check_open()
+        if policy is not None and (uses is None or uses.segment is not self.segment):
+            raise ValueError("a policy needs the uses of this table's segment")
+        evictor_order_by(&self.evictor, self.view.shape.block_capacity,
+                         NULL if policy is None else &uses.ranks)
+        self.uses = None if policy is None else uses
+        if policy is not None:
+            uses.policy = policy
+
     # ---- match -----------------------------------------------------------------------------------
     cdef int mix(self, Keys keys) except -1:
         """Set the masks of the group and of the key epoch as it is now."""
         self.segment.check_open()
+        self.use = keys.use
         keys.set_epoch(kv_u32_load_acquire(&self.view.header.key_epoch))
         return 0
 
@@ -139,6 +166,17 @@ cdef class BlockTable:
             Reference to the deepest of them, held until `unpin(ref)`; it keeps all of its
             ancestors.
         """
+        if self.uses is None or keys.use != 0:
+            return self.longest(keys, start, stop)
+        self.segment.check_open()
+        keys.use = self.uses.begin()
+        found = self.longest(keys, start, stop)
+        self.uses.arrived(keys, min(stop, keys.count()), start + found[0])
+        if self.uses.policy is None:  # it failed
+            self.order_by(None)
+        return found
+
+    cdef tuple longest(self, Keys keys, Py_ssize_t start, Py_ssize_t stop):
         cdef Py_ssize_t low, high, middle, first = start
         cdef Py_ssize_t last = min(stop, keys.count()) - 1
         cdef uint32_t block, deepest = KV_NONE
@@ -171,6 +209,8 @@ cdef class BlockTable:
             keys.digest(low, &lo, &hi)
             if deepest != KV_NONE and block_pin(self.view, deepest, lo, hi):
                 self.pins[deepest] += 1
+                if self.evictor.ranks != NULL:
+                    ranks_stamp(self.view, self.evictor.ranks, deepest, self.use)
                 kv_count(self.view, KV_C_MATCHED_BLOCKS, low - first + 1)
                 word = kv_u64_load_acquire(&self.view.blocks[deepest].word)
                 block_used(self.view, deepest)
@@ -223,6 +263,8 @@ cdef class BlockTable:
         if self.pins[block] == 0:
             if tick == 0:
                 tick = kv_u64_fetch_add_relaxed(&self.view.header.tick, 1) + 1
+            if self.evictor.ranks != NULL:
+                ranks_returned(self.view, self.evictor.ranks, block, tick)
             block_unpin(self.view, block, tick)
             evictor_offer(self.view, &self.evictor, block)
 
@@ -271,6 +313,8 @@ cdef class BlockTable:
             supply_give_back(self.view, &self.supply, block[0], slot[0])
             return False
         self.pins[block[0]] = 1
+        if self.evictor.ranks != NULL:
+            ranks_stamp(self.view, self.evictor.ranks, block[0], self.use)
         kv_count(self.view, KV_C_RESERVED, 1)
         return True
 
