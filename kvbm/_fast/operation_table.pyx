@@ -142,7 +142,7 @@ cdef class OperationTable(BlockTable):
         cdef Reservation what
         cdef Py_ssize_t i = start, end = min(stop, keys.count(), len(sources))
         cdef uint32_t source, block, generation, slot, index
-        cdef uint64_t word, ref
+        cdef uint64_t word, ref, there = NO_REF
         cdef kv_operation *op = NULL
         cdef uint32_t pending[128]
         cdef uint32_t rows = 0
@@ -180,6 +180,7 @@ cdef class OperationTable(BlockTable):
                         rows += 1
                         op.row_count = rows
                         ref = make_ref(block, generation)
+                        there = NO_REF  # its ancestors will inherit this one's recency
                         i += 1
                         continue
                     # No slot; or another engine was faster, by an instant.
@@ -187,7 +188,7 @@ cdef class OperationTable(BlockTable):
                     if block == KV_NONE:
                         break
                 kv_count(self.view, KV_C_DEDUPLICATED, 1)
-                ref = make_ref(block, kv_word_generation(word))
+                ref = there = make_ref(block, kv_word_generation(word))
                 op = NULL  # the next row has another parent than the one before: a new anchor
                 i += 1
         except BaseException:
@@ -196,6 +197,10 @@ cdef class OperationTable(BlockTable):
         finally:
             supply_leave(self.view, &self.supply)
             structure_exit(self.view)
+        # What is computed again is as recent as what is stored: upstream's look-up before a store
+        # returns it, too.
+        if there != NO_REF and self.hold_parent(there):
+            self.let_go(there, 0)
         self.submit_all(pending, pending_count, handles)
         return handles, i, None if ref == NO_REF else ref
 

@@ -116,6 +116,20 @@ def test_a_chain_ages_as_a_whole_by_its_last_use(make_instance: Make) -> None:
     assert victims == other[::-1] + used[::-1]
 
 
+def test_a_chain_that_a_store_finds_there_becomes_recent(make_instance: Make) -> None:
+    """An engine may compute again what is cached: the same answer to the same question."""
+    made = make_instance(8)
+    table = made.leader()
+    again = fill(table, "again", 4)
+    other = fill(table, "other", 4)
+    first = made.raw.block(again[0]).generation << 32 | again[0]
+    found = table.store(Keys(digests(4, "again")), 1, 4, [0, 1, 2, 3], first, 1)
+    assert found == ([], 4, made.raw.block(again[3]).generation << 32 | again[3])
+    assert table.held() == {}
+    victims = [evict_all_in_turn(table, made, i) for i in range(8)]
+    assert victims == other[::-1] + again[::-1]
+
+
 def test_a_parent_goes_only_after_all_of_its_children(make_instance: Make) -> None:
     made = make_instance(8)
     table = made.leader()
