@@ -23,7 +23,8 @@ cdef class BlockTable:
     cdef Uses uses               # with a policy of eviction, else None
     cdef uint32_t use            # of the sequence in the call in progress
 
-    cdef tuple longest(self, Keys keys, Py_ssize_t start, Py_ssize_t stop)
+    cdef tuple noted(self, Keys keys, Py_ssize_t start, Py_ssize_t stop, bint is_lookup)
+    cdef tuple longest(self, Keys keys, Py_ssize_t first, Py_ssize_t stop, bint is_lookup)
     cdef int mix(self, Keys keys) except -1
     cdef uint32_t probe(self, Keys keys, Py_ssize_t i, uint64_t *word) except? 0
     cdef int prefetch(self, Keys keys, Py_ssize_t i, Py_ssize_t end) except -1

@@ -163,34 +163,43 @@ cdef class BlockTable:
         count : int
             Registered blocks from `start` on.
         ref : int or None
-            Reference to the deepest of them, held until `unpin(ref)`; it keeps all of its
-            ancestors.
+            Reference to the deepest of them, held with its ancestors until `unpin(ref)`.
         """
+        return self.noted(keys, start, stop, True)
+
+    def hold_longest(self, Keys keys not None, stop: int) -> tuple[int, int | None]:
+        """`match` from block 0 on, of what is about to be copied: no look-up in what is counted."""
+        return self.noted(keys, 0, stop, False)
+
+    cdef tuple noted(self, Keys keys, Py_ssize_t start, Py_ssize_t stop, bint is_lookup):
+        """`longest`, told to those who note uses."""
         if self.uses is None or keys.use != 0:
-            return self.longest(keys, start, stop)
+            return self.longest(keys, start, stop, is_lookup)
         self.segment.check_open()
         keys.use = self.uses.begin()
-        found = self.longest(keys, start, stop)
+        found = self.longest(keys, start, stop, is_lookup)
         self.uses.arrived(keys, min(stop, keys.count()), start + found[0])
         if self.uses.policy is None:  # it failed
             self.order_by(None)
         return found
 
-    cdef tuple longest(self, Keys keys, Py_ssize_t start, Py_ssize_t stop):
-        cdef Py_ssize_t low, high, middle, first = start
+    cdef tuple longest(self, Keys keys, Py_ssize_t first, Py_ssize_t stop, bint is_lookup):
+        cdef Py_ssize_t low, high, middle
         cdef Py_ssize_t last = min(stop, keys.count()) - 1
         cdef uint32_t block, deepest = KV_NONE
         cdef uint64_t word, lo, hi, probes = 1
         self.mix(keys)
         if first < 0:
-            raise ValueError(f"start {start} is negative")
-        kv_count(self.view, KV_C_LOOKUPS, 1)
+            raise ValueError(f"start {first} is negative")
+        if is_lookup:
+            kv_count(self.view, KV_C_LOOKUPS, 1)
+            kv_count(self.view, KV_C_LOOKUP_BLOCKS, max(last - first + 1, 0))
         if last < first:
             return 0, None
-        kv_count(self.view, KV_C_LOOKUP_BLOCKS, last - first + 1)
         deepest = self.probe(keys, first, &word)
         if deepest == KV_NONE:
-            kv_count(self.view, KV_C_LOOKUP_PROBES, probes)
+            if is_lookup:
+                kv_count(self.view, KV_C_LOOKUP_PROBES, probes)
             return 0, None
         low = first            # registered
         high = last + 1        # not registered, or the end
@@ -204,16 +213,18 @@ cdef class BlockTable:
                 low = middle
                 deepest = block
             middle = (low + high) // 2
-        kv_count(self.view, KV_C_LOOKUP_PROBES, probes)
+        if is_lookup:
+            kv_count(self.view, KV_C_LOOKUP_PROBES, probes)
         while low >= first:    # evicted between probe and pin: give up one block a turn
             keys.digest(low, &lo, &hi)
             if deepest != KV_NONE and block_pin(self.view, deepest, lo, hi):
                 self.pins[deepest] += 1
                 if self.evictor.ranks != NULL:
                     ranks_stamp(self.view, self.evictor.ranks, deepest, self.use)
-                kv_count(self.view, KV_C_MATCHED_BLOCKS, low - first + 1)
                 word = kv_u64_load_acquire(&self.view.blocks[deepest].word)
-                block_used(self.view, deepest)
+                if is_lookup:
+                    kv_count(self.view, KV_C_MATCHED_BLOCKS, low - first + 1)
+                    block_used(self.view, deepest)
                 return low - first + 1, make_ref(deepest, kv_word_generation(word))
             low -= 1
             if low >= first:

@@ -223,7 +223,7 @@ class DiskTier:
         if have == 0:
             return 0, None
         ref = self.table.hold(keys, have - 1)
-        return (have, ref) if ref is not None else self.table.match(keys, 0, have)
+        return (have, ref) if ref is not None else self.table.hold_longest(keys, have)
 
     def _fetch(
         self, group: int, keys: Keys, depth: int, slots: Sequence[int], parent: int | None
@@ -262,7 +262,7 @@ class DiskTier:
         assert self.disk is not None
         keys = candidate.keys
         upto = min(candidate.upto, len(keys))
-        depth, disk_ref = self.disk.match(keys, 0, upto)
+        depth, disk_ref = self.disk.hold_longest(keys, upto)
         wanted = upto - depth
         if self._filter is not None:
             used_from = max(depth, candidate.used_from)

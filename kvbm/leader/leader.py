@@ -322,7 +322,7 @@ class Leader:
             held = None
             if group.parent is None or not self.table.is_current(group.parent):
                 # Begin at the deepest ancestor that is present, so that gaps close.
-                group.stored, held = self.table.match(group.keys, 0, end)
+                group.stored, held = self.table.hold_longest(group.keys, end)
                 group.parent = held
             handles, group.stored, group.parent = self.table.store(
                 group.keys,

@@ -70,6 +70,24 @@ def test_a_match_is_counted(make_instance: Make) -> None:
     assert delta == {"lookups": 1, "lookup_blocks": 12, "matched_blocks": 8}
 
 
+def test_what_is_held_to_be_copied_is_found_like_a_match_and_counted_as_none(
+    make_instance: Make,
+) -> None:
+    made = make_instance(16)
+    table = made.leader()
+    cache(table, Keys(digests(8)))
+    before = made.creator.counters()
+    for stop, found in ((12, 8), (8, 8), (3, 3), (0, 0)):
+        count, ref = table.hold_longest(Keys(digests(12)), stop)
+        assert (count, ref is None) == (found, found == 0)
+        if ref is not None:
+            assert table.is_current(ref)
+            table.unpin(ref)
+    assert table.hold_longest(Keys(digests(3, "other")), 3) == (0, None)
+    assert made.creator.counters() == before
+    assert {made.raw.cold(block)[4] for block in range(16)} == {0}
+
+
 def test_a_match_is_noted_at_the_block_where_it_ends(make_instance: Make) -> None:
     made = make_instance(8)
     first, second = made.leader(), made.leader(2)

@@ -69,6 +69,14 @@ def test_a_chain_that_left_the_host_tier_comes_back_from_disk(
         assert engine.values(TARGETS, rank) == expected(7)
 
 
+def test_only_requests_are_counted_as_look_ups_of_the_disk(engine: SmallEngine) -> None:
+    spill(engine)
+    counted = ("lookups", "lookup_blocks", "matched_blocks")
+    assert [counters(engine)[name] for name in counted] == [0, 0, 0]
+    assert ask(engine, "r", "a") == len(BLOCKS)
+    assert [counters(engine)[name] for name in counted] == [1, 8, 8]
+
+
 def test_reads_of_a_chain_may_end_in_any_order(
     make_engine: Callable[..., SmallEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,16 @@ def test_a_prompt_longer_than_the_tier_is_stored_as_far_as_it_fits(
     assert engine.leader.match(sequence, 0, 10) == 4
 
 
+def test_only_requests_are_counted_as_look_ups(engine: SmallEngine) -> None:
+    engine.store("first", range(6))
+    sequence = engine.track("second", 8)
+    assert engine.leader.match(sequence, 0, 8) == 6
+    engine.leader.finish("second", 0)
+    engine.store("third", range(10, 18))  # six of them are there
+    counted = ("lookups", "lookup_blocks", "matched_blocks", "deduplicated")
+    assert [engine.counter(name) for name in counted] == [1, 8, 6, 0]
+
+
 def test_a_gap_left_by_a_preempted_request_is_closed_by_the_next(engine: SmallEngine) -> None:
     first = engine.track("first", 3)
     engine.place(first, [1, 2, 3])
