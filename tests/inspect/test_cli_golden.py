@@ -22,8 +22,10 @@ from kvbm.instance import instances
 from tests.fast.instances import digests, instance
 from tests.inspect.conftest import Inspect
 from tests.inspect.samples import Sample, chain, fill, frozen_snapshot
-from tests.inspect.test_cli import check_golden
+from tests.inspect.test_cli import GOLDEN, check_golden
 from tests.inspect.test_serve import ask, served
+
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 
 
 @pytest.fixture
@@ -100,6 +102,50 @@ def test_serve(sample: Sample) -> None:
     # What it has before its script runs; how it looks is for the style, and for a browser.
     static = re.sub(r"(<(style|script)>).*?(</\2>)", r"\1...\3", page, flags=re.DOTALL)
     check_golden("serve.html", static)
+
+
+FREE_FORM = {"counters", "per_second", "description"}  # names of other things, not fields
+BY_NAME = {"pools", "blocks", "operations", "placements"}  # by tier or state, if no list
+
+
+def fields_in(value: object) -> Iterator[str]:
+    """Names of all fields of a document."""
+    if isinstance(value, list):
+        for one in value:
+            yield from fields_in(one)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield name
+            if name in FREE_FORM:
+                continue
+            by_name = name in BY_NAME and isinstance(one, dict)
+            for inner in list(one.values()) if by_name else [one]:
+                yield from fields_in(inner)
+
+
+def documented_fields() -> dict[str, set[str]]:
+    """Words in the row of each command of docs/inspect.md, with those of rows that it names."""
+    text = (DOCS / "inspect.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", text[text.index("\n## JSON") :], re.MULTILINE)
+    found = {
+        command: set(re.findall(r"`(\w+)`", words)) | {"schema", "command", "source", "damage"}
+        for commands, words in rows
+        for command in re.findall(r"`(\w+)`", commands)
+    }
+    for commands, words in rows:
+        for command in re.findall(r"`(\w+)`", commands):
+            for other in re.findall(r"as in `(\w+)`", words):
+                found[command] |= found[other]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("*.json")))
+def test_each_field_of_the_json_is_documented(name: str) -> None:
+    document = json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+    if "error" in document:
+        assert set(document) == {"schema", "error"}
+        return
+    assert set(fields_in(document)) - documented_fields()[document["command"]] == set()
 
 
 def check_gc(name: str, instance: str, found: Result) -> None:
