@@ -3,9 +3,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from kvbm._fast.disk_backend import DiskBackend
 
+@disjoint_base
 class DiskBatches(DiskBackend):
     def keep_for_reads(self, takers: int) -> None: ...
     def take(self) -> tuple[int, bool, NDArray[np.int32], NDArray[np.int32]] | None: ...
