@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import util as multiprocessing_util
+from types import MethodType
+from typing import cast
 
 
 def call_after_children(call: Callable[[], None]) -> None:
@@ -25,12 +27,14 @@ def close_at_exit(owner: object, close: Callable[[], None]) -> None:
     Children of `multiprocessing` end without running `atexit`, but run the finalizers of their own
     module; an ordinary process may run both, so the method must bear being called twice.
     """
-    method = weakref.WeakMethod(close)
+    # Not a WeakMethod: where a garbage collection takes it with its object, its callback fails.
+    bound = cast(MethodType, close)
+    target, method = weakref.ref(bound.__self__), bound.__func__
 
     def call() -> None:
-        bound = method()
-        if bound is not None:
-            bound()
+        found = target()
+        if found is not None:
+            method(found)
 
     atexit.register(call)
     finalizer = multiprocessing_util.Finalize(None, call, exitpriority=100)

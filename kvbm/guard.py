@@ -12,10 +12,19 @@ logger = logging.getLogger(__name__)
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def guarded(fallback: Callable[[], Any]) -> Callable[[Hook], Hook]:
+def guarded(
+    fallback: Callable[[], Any], lets_through: type[Exception] | tuple[()] = ()
+) -> Callable[[Hook], Hook]:
     """Make a method return `fallback()` instead of raising.
 
     Its first error is logged in full; all are counted by the object's `count_error`, if it has one.
+
+    Parameters
+    ----------
+    fallback : callable
+        What the method returns then.
+    lets_through : exception class, optional
+        Errors that are raised all the same, since the engine must not go on.
     """
 
     def wrap(hook: Hook) -> Hook:
@@ -26,6 +35,8 @@ def guarded(fallback: Callable[[], Any]) -> Callable[[Hook], Hook]:
             nonlocal reported
             try:
                 return hook(self, *args, **kwargs)
+            except lets_through:
+                raise
             except Exception:
                 if not reported:
                     reported = True

@@ -238,7 +238,7 @@ class Settings(BaseModel):
     kv_events_enable_consolidator: Truthy = _supported(
         "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR",
         True,
-        "Publish vLLM's KV events and those of the tiers as one stream, if vLLM publishes its own.",
+        "Publish the engine's KV events, if it has any, and those of the tiers as one stream.",
     )
     kv_events_consolidator_mode: ConsolidatorMode = _supported(
         "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE",
@@ -246,8 +246,10 @@ class Settings(BaseModel):
         "`dedup` sends an event when a block enters its first tier and when it leaves its last; "
         "`passthrough` sends all.",
     )
-    trtllm_zmq_port: Port | None = _unsupported(
-        "DYN_KVBM_TRTLLM_ZMQ_PORT", None, "Port of TensorRT-LLM's KV events."
+    trtllm_zmq_port: Port | None = _supported(
+        "DYN_KVBM_TRTLLM_ZMQ_PORT",
+        None,
+        "Port at which TensorRT-LLM's KV events are published, by `dynamo.trtllm`.",
     )
 
     # General

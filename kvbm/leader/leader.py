@@ -319,21 +319,19 @@ class Leader:
             end = min(upto, len(group.keys), len(group.device_blocks))
             if group.stored >= end:
                 continue
-            held = None
-            if group.parent is None or not self.table.is_current(group.parent):
-                # Begin at the deepest ancestor that is present, so that gaps close.
-                group.stored, held = self.table.hold_longest(group.keys, end)
-                group.parent = held
-            handles, group.stored, group.parent = self.table.store(
-                group.keys,
-                group.stored,
-                end,
-                group.device_blocks,
-                group.parent,
-                step,
-                sequence.request_key,
-                priority,
-            )
+            held = group.find_start(self.table, end)
+            handles: list[int] = []
+            if group.stored >= sequence.own_from:
+                handles, group.stored, group.parent = self.table.store(
+                    group.keys,
+                    group.stored,
+                    end,
+                    group.device_blocks,
+                    group.parent,
+                    step,
+                    sequence.request_key,
+                    priority,
+                )
             if held is not None:
                 self.table.unpin(held)
             if handles:

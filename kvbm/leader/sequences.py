@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvbm._fast.keys import Keys
+from kvbm._fast.operation_table import OperationTable
 from kvbm.instance import engine_key
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ class GroupBlocks:
         """Make the next store find out anew what is in the cache."""
         self.stored, self.parent = 0, None
 
+    def find_start(self, table: OperationTable, end: int) -> int | None:
+        """Make `stored` and `parent` those of where a store up to block `end` begins.
+
+        Where the last one ended, if that is still cached; otherwise at the deepest ancestor that
+        is, so that gaps close: it is returned, held.
+        """
+        if self.parent is not None and table.is_current(self.parent):
+            return None
+        self.stored, self.parent = table.hold_longest(self.keys, end)
+        return self.parent
+
 
 @dataclass(eq=False)
 class TrackedSequence:
@@ -64,6 +76,9 @@ class TrackedSequence:
         Handles of operations that have not been collected.
     load_failed : bool
         A load of it failed: it is recomputed, and not matched again before its next admission.
+    own_from : int
+        Blocks before this one are not stored from it: they were on the device before, and the
+        engine does not answer for what is in them.
     stale : bool
         Its device blocks must not be stored: what they hold is from before a reset, or unknown.
     failed_stores : int
@@ -93,6 +108,7 @@ class TrackedSequence:
     loads: list[int] = field(default_factory=list)
     stores: list[int] = field(default_factory=list)
     load_failed: bool = False
+    own_from: int = 0
     stale: bool = False
     failed_stores: int = 0
     finished: bool = False

@@ -19,12 +19,12 @@ from kvbm._fast.timing import CallTime
 from kvbm.closing import close_at_exit
 from kvbm.hashing import TokenChain, engine_hashes_problem, identity_mix, token_chain
 from kvbm.instance import is_private
+from kvbm.leader.call_time import counted
 from kvbm.leader.leader import Leader
 from kvbm.leader.opening import EngineCache, EnginePlace
 from kvbm.leader.sequences import TrackedSequence
 from kvbm.step import StepMetadata
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.call_time import counted
 from kvbm.vllm_integration.consolidator_config import start_events
 from kvbm.vllm_integration.engine import (
     apply_load_failure_policy,

@@ -324,6 +324,15 @@ class Worker:
             logger.exception("rank %d: operations cannot be looked at", self.place.rank)
             return True
 
+    def wait_until_ended(self, handles: Sequence[int], secs: float = JOIN_SECS) -> bool:
+        """Wait until these operations have ended on this rank; False if they do not in time."""
+        deadline = time.monotonic() + secs
+        while not self._ended(handles):
+            if time.monotonic() >= deadline:
+                return False
+            self._closing.wait(_POLL_SECS)
+        return True
+
     def ended_stores(self) -> set[str]:
         """Finished requests whose device blocks are no longer needed, each told once."""
         if self._disk is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvbm._fast.participants import engine_counters
-from kvbm.vllm_integration.call_time import counted
+from kvbm.leader.call_time import counted
 
 BLOCK = 16
 PROMPT = list(range(3, 3 + 4 * BLOCK + 5))  # four blocks and a bit
