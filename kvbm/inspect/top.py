@@ -89,10 +89,18 @@ def _loop(window: Any, instance: str, period: float, seconds: float | None) -> N
         follower.close()
 
 
+def fitted(lines: list[str], height: int) -> list[str]:
+    """As many lines as there is room for; where some are left out, the last one says so."""
+    if len(lines) <= height:
+        return lines
+    shown = max(0, height - 1)
+    return [*lines[:shown], f"... {len(lines) - shown} more lines in a higher window"]
+
+
 def _draw(window: Any, lines: list[str], shown: list[str]) -> list[str]:
     """Write the lines that differ from those that are shown."""
     height, width = window.getmaxyx()
-    lines = [line[: width - 1] for line in lines[:height]]
+    lines = [line[: width - 1] for line in fitted(lines, height)]
     for row in range(max(len(lines), min(len(shown), height))):
         line = lines[row] if row < len(lines) else ""
         if row >= len(shown) or shown[row] != line:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from kvbm.inspect.top import fitted
 from tests.inspect.conftest import Inspect
 from tests.inspect.disk_samples import DiskSample
 from tests.inspect.samples import Sample
@@ -47,6 +48,13 @@ def test_a_terminal_shows_the_screen_until_q(sample: Sample) -> None:
     assert process.returncode == 0, problem
     for text in (sample.name, "operations in flight: 1", "worker 0.1", "23/64"):
         assert text.encode() in shown
+
+
+def test_what_a_low_terminal_leaves_out_is_said() -> None:
+    lines = [str(number) for number in range(10)]
+    assert fitted(lines, 10) == lines
+    assert fitted(lines, 4) == ["0", "1", "2", "... 7 more lines in a higher window"]
+    assert fitted(lines, 1) == ["... 10 more lines in a higher window"]
 
 
 def test_a_file_or_no_terminal_is_one_line(sample: Sample, snapshot_file: Path) -> None:
