@@ -26,6 +26,13 @@ def blocks_in_use(llm: Any) -> int:
     return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
 
 
+def uses_seen_by_policy(llm: Any) -> int:
+    """Requests that kvbm's policy of eviction was asked about; 0 if it has none, or it failed."""
+    core = llm.llm_engine.engine_core.engine_core
+    uses = core.scheduler.connector._leader.leader.table.uses  # no hook has it
+    return 0 if uses is None else int(uses.last)
+
+
 def abort_after_steps(llm: Any, prompts: Sequence[Prompt], steps: int) -> int:
     """Submit prompts, step the engine, and abort what is not finished by then.
 

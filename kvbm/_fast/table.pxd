@@ -20,7 +20,7 @@ cdef class BlockTable:
     cdef uint32_t *pins          # how often this leader holds each block
     cdef Evictor evictor
     cdef Supply supply
-    cdef Uses uses               # with a policy of eviction, else None
+    cdef readonly Uses uses      # None: upstream's order, or a policy that failed
     cdef uint32_t use            # of the sequence in the call in progress
 
     cdef tuple noted(self, Keys keys, Py_ssize_t start, Py_ssize_t stop, bint is_lookup)

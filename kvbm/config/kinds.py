@@ -107,6 +107,11 @@ def _lower(value: object) -> object:
     return value.strip().lower() if isinstance(value, str) else value
 
 
+def _policy(value: object) -> object:
+    word = _lower(value)
+    return word if word in ("lru", "reuse") else value
+
+
 def _unreserved(name: str) -> str:
     # These names are taken: <instance>.<tier>.<rank> by arenas, <instance>.disk by the disk
     # tier's segment, p-<hex> by private instances.
@@ -188,6 +193,12 @@ LogDirectives = Annotated[
 AllocatorType = Annotated[Literal["default", "open-direct"], Kind("default, open-direct")]
 LoadFailurePolicy = Annotated[
     Literal["recompute", "fail"], BeforeValidator(_lower), Kind("recompute, fail")
+]
+PolicyName = Annotated[
+    str,
+    Field(pattern=r"^(lru|reuse|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"),
+    BeforeValidator(_policy),
+    Kind("lru, reuse, or package.module:Class of your own"),
 ]
 ConsolidatorMode = Annotated[
     Literal["dedup", "passthrough"], BeforeValidator(_lower), Kind("dedup, passthrough")

@@ -22,6 +22,7 @@ from kvbm.config.kinds import (
     InstanceName,
     LoadFailurePolicy,
     LogDirectives,
+    PolicyName,
     Port,
     PositiveGigabytes,
     PositiveSeconds,
@@ -67,6 +68,13 @@ class Settings(BaseModel):
     )
     verify_host: Truthy = _supported(
         "DYN_KVBM_VERIFY_HOST", False, "Check a checksum of host blocks when they are loaded."
+    )
+    eviction_policy: PolicyName = _supported(
+        "DYN_KVBM_EVICTION_POLICY",
+        "lru",
+        "Which host block is evicted first, among those of the lowest priority: `lru` the least "
+        "recently returned, `reuse` the least likely to be used again, as it learns "
+        "(docs/eviction.md).",
     )
     device_staging: Truthy = _supported(
         "DYN_KVBM_DEVICE_STAGING",

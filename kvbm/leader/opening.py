@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment
 from kvbm.config import Settings
+from kvbm.eviction.policy import evict_by, policy_of
 from kvbm.fingerprint import Fingerprint
 from kvbm.instance import engine_key, is_private, remove, remove_dead_private_instances
 from kvbm.leader.disk_opening import DiskSpec, open_disk_tier
@@ -96,7 +97,8 @@ class EngineCache:
         self.place = place
         self._settings = settings
         remove_dead_private_instances()
-        recorder = open_recorder(settings)  # it may be refused: before anything is made
+        policy = policy_of(settings.eviction_policy)  # it may be refused, and so may the next:
+        recorder = open_recorder(settings)  # before anything is made
         headers = wait_for_headers(
             place.instance,
             place.ranks,
@@ -106,6 +108,7 @@ class EngineCache:
         per_block = sum(header.bytes_per_block for header in headers)
         self.segment = self._open_segment(headers, per_block, values)
         table = OperationTable(self.segment)
+        evict_by(table, policy)
         disk = open_disk_tier(settings, table, self._disk_spec(), per_block)
         self._disk = disk[1] if disk else None
         self.leader: Leader | None = make_leader(
@@ -147,11 +150,12 @@ class EngineCache:
         settings.check_shm_room(spec.missing_bytes(per_block))
         segment = open_as_leader(spec, engine_key(place.engine_id))
         logger.info(
-            "host tier: %d blocks of %d tokens, %d bytes over %d ranks, instance %s",
+            "host tier: %d blocks of %d tokens, %d bytes over %d ranks, evicted by %s, instance %s",
             slots,
             place.block_tokens,
             slots * per_block,
             place.ranks,
+            settings.eviction_policy,
             place.instance,
         )
         return segment

@@ -6,6 +6,7 @@
     python -m kvbm.replay run TRACE --capacity 1000,3000,10000
     python -m kvbm.replay run TRACE --capacity 1k,10k,100k --token-bytes 131072 --plot hits.svg
     python -m kvbm.replay run TRACE --capacity 10k --disk 100k
+    python -m kvbm.replay run TRACE --capacity 10k --policy reuse
     python -m kvbm.replay run TRACE --capacity 10k --json
     python -m kvbm.replay make FILE --requests 5000 --seed 1
 """
@@ -21,10 +22,11 @@ from functools import partial
 from pathlib import Path
 
 from kvbm.errors import ConfigError, KvbmError
+from kvbm.eviction.policy import LRU, POLICIES, PolicyMaker, policy_of
 from kvbm.replay import synthetic, trace
 from kvbm.replay.disk import replay_with_disk
 from kvbm.replay.manager import CAPACITY_MAX, Outcome, Pace, replay
-from kvbm.replay.policies import POLICIES
+from kvbm.replay.policies import POLICIES as YARDSTICKS
 
 UNITS = {"k": 1_000, "m": 1_000_000}
 LIBRARIES = ("rich", "matplotlib")
@@ -94,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write a block to disk the first time it is seen, not the second",
     )
+    run.add_argument(
+        "--policy",
+        default=LRU,
+        metavar="NAME",
+        help=f"how the host tier evicts: {', '.join(POLICIES)}, or package.module:Class of your "
+        f"own; by default {LRU}",
+    )
     run.add_argument("--prefill-tokens-s", type=_not_negative, default=0.0, metavar="N")
     run.add_argument(
         "--decode-ms",
@@ -126,11 +135,12 @@ def _replayed(
     arguments: argparse.Namespace,
     requests: trace.Trace,
     capacity: int,
+    policy: PolicyMaker | None,
     progress: Callable[[int], None],
 ) -> Outcome:
     pace = Pace(arguments.prefill_tokens_s, arguments.decode_ms)
     if arguments.disk is None:
-        return replay(requests, capacity, pace, progress)
+        return replay(requests, capacity, pace, progress, policy)
     return replay_with_disk(
         requests,
         capacity,
@@ -138,6 +148,7 @@ def _replayed(
         filtered=not arguments.no_disk_filter,
         pace=pace,
         progress=progress,
+        policy=policy,
     )
 
 
@@ -148,13 +159,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
     from kvbm.replay import report
 
+    policy = policy_of(arguments.policy, "--policy")
     requests = trace.read(arguments.trace)
     comparisons = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for capacity in arguments.capacity:
             task = progress.add_task(f"{capacity:,} blocks", total=requests.references)
-            outcome = _replayed(arguments, requests, capacity, partial(progress.advance, task))
-            others = {} if arguments.alone else POLICIES
+            advance = partial(progress.advance, task)
+            outcome = _replayed(arguments, requests, capacity, policy, advance)
+            others = {} if arguments.alone else YARDSTICKS
             hits = {name: policy(requests, capacity) for name, policy in others.items()}
             comparisons.append(report.Comparison(outcome, hits))
     size = arguments.token_bytes
@@ -167,10 +180,14 @@ def _run(arguments: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--plot {arguments.plot}: {error}") from None
     if arguments.json:
-        print(json.dumps(report.as_dict(requests, comparisons), indent=2))
+        print(json.dumps(report.as_dict(requests, comparisons, arguments.policy), indent=2))
     else:
         report.show(
-            Console(width=None if sys.stdout.isatty() else 120), requests, comparisons, block_bytes
+            Console(width=None if sys.stdout.isatty() else 120),
+            requests,
+            comparisons,
+            block_bytes,
+            arguments.policy,
         )
 
 

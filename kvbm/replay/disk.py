@@ -17,6 +17,7 @@ from kvbm._fast.disk_table import DiskTable
 from kvbm._fast.keys import Keys
 from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.segment import Segment
+from kvbm.eviction.policy import PolicyMaker, evict_by
 from kvbm.leader.disk_tier import DiskTier
 from kvbm.leader.disk_transfers import DiskFlow
 from kvbm.leader.sequences import GroupBlocks, TrackedSequence
@@ -26,6 +27,7 @@ from kvbm.replay.manager import (
     Pace,
     Run,
     check_capacity,
+    check_policy,
     drive,
     private_segment,
 )
@@ -171,6 +173,7 @@ def replay_with_disk(
     filtered: bool = True,
     pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
+    policy: PolicyMaker | None = None,
     make: Callable[[InstantOperations, DiskTable, Trace, bool], DiskRun] = DiskRun,
 ) -> Outcome:
     """Run a trace through a host tier of `capacity` blocks and a disk tier below it.
@@ -183,8 +186,8 @@ def replay_with_disk(
         Blocks of the two tiers, 1 to 2**31.
     filtered : bool
         Write a block only once it was used again, as by default.
-    pace, progress
-        As for `replay`.
+    pace, progress, policy
+        As for `replay`; the policy is the host tier's.
     make : callable
         Makes the run.
     """
@@ -194,8 +197,11 @@ def replay_with_disk(
         private_segment(capacity, trace.block_tokens) as segment,
         private_segment(disk_blocks, trace.block_tokens) as disk,
     ):
-        run = make(InstantOperations(segment), DiskTable(disk), trace, filtered)
+        table = InstantOperations(segment)
+        evict_by(table, policy)
+        run = make(table, DiskTable(disk), trace, filtered)
         outcome = drive(run, trace, capacity, pace, progress)
+        check_policy(table, policy)
         found = outcome._replace(disk=run.outcome())
         run.tier.close()
         return found

@@ -29,6 +29,8 @@ from kvbm._fast.keys import Keys
 from kvbm._fast.participants import claim_leader
 from kvbm._fast.segment import Segment, shape_for
 from kvbm._fast.table import BlockTable
+from kvbm.errors import KvbmError
+from kvbm.eviction.policy import PolicyMaker, evict_by
 from kvbm.replay.trace import Request, Trace
 
 CALLS = ("match", "reserve", "publish", "return")
@@ -201,6 +203,7 @@ def replay(
     capacity: int,
     pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
+    policy: PolicyMaker | None = None,
 ) -> Outcome:
     """Run a trace through a table of `capacity` blocks.
 
@@ -214,10 +217,22 @@ def replay(
         How long requests hold their blocks. By default each has ended when the next arrives.
     progress : callable, optional
         Called with the number of references done since the last call.
+    policy : callable, optional
+        Makes the policy of eviction; without one, the order is upstream's.
     """
     check_capacity(capacity)
     with private_segment(capacity, trace.block_tokens) as segment:
-        return drive(Run(BlockTable(segment), trace), trace, capacity, pace, progress)
+        table = BlockTable(segment)
+        evict_by(table, policy)
+        outcome = drive(Run(table, trace), trace, capacity, pace, progress)
+        check_policy(table, policy)
+        return outcome
+
+
+def check_policy(table: BlockTable, policy: PolicyMaker | None) -> None:
+    """Refuse to call the hits of upstream's order those of a policy that has failed."""
+    if policy is not None and table.uses is None:
+        raise KvbmError("the eviction policy failed; its error is above")
 
 
 def check_capacity(blocks: int) -> None:

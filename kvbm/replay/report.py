@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kvbm.eviction.policy import LRU
 from kvbm.replay.manager import CALLS, Outcome
 from kvbm.replay.trace import Trace
 
@@ -30,7 +31,7 @@ def latencies(outcome: Outcome) -> dict[str, list[float]]:
     }
 
 
-def as_dict(trace: Trace, comparisons: list[Comparison]) -> dict[str, Any]:
+def as_dict(trace: Trace, comparisons: list[Comparison], policy: str = LRU) -> dict[str, Any]:
     """Everything, ready for JSON. Rates are 0 to 1, times microseconds."""
     return {
         "trace": {
@@ -39,6 +40,7 @@ def as_dict(trace: Trace, comparisons: list[Comparison]) -> dict[str, Any]:
             "references": trace.references,
             "distinct_blocks": trace.distinct,
         },
+        "policy": policy,
         "percentiles": PERCENTILES,
         "capacities": [_entry(comparison) for comparison in comparisons],
     }
@@ -88,7 +90,11 @@ def _tiers(comparisons: list[Comparison], block_bytes: int | None) -> Table:
 
 
 def show(
-    console: Console, trace: Trace, comparisons: list[Comparison], block_bytes: int | None
+    console: Console,
+    trace: Trace,
+    comparisons: list[Comparison],
+    block_bytes: int | None,
+    policy: str = LRU,
 ) -> None:
     """Print the tables.
 
@@ -102,6 +108,8 @@ def show(
         A row each.
     block_bytes : int or None
         Size of a block over all ranks, for the column in GB; None leaves it out.
+    policy : str
+        How the host tier evicted.
     """
     console.print(
         f"{trace.name}: {len(trace.requests):,} requests, {trace.references:,} block references, "
@@ -109,8 +117,9 @@ def show(
     )
     rates = Table(title="hit rate (% of the references)")
     others = list(comparisons[0].others)
+    kvbm = "kvbm" if policy == LRU else f"kvbm, {policy.rpartition(':')[2]}"
     size = [] if block_bytes is None else ["GB"]
-    for column in ("blocks", *size, "kvbm", *others, "evicted", "not stored", "references/s"):
+    for column in ("blocks", *size, kvbm, *others, "evicted", "not stored", "references/s"):
         rates.add_column(column, justify="right")
     for outcome, hits in comparisons:
         gigabytes = [] if block_bytes is None else [f"{outcome.capacity * block_bytes / 1e9:,.1f}"]

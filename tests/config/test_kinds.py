@@ -33,6 +33,11 @@ EXPECTED: dict[str, tuple[Any, list[tuple[str, Any]], list[str]]] = {
     "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": (0, BLOCKS, NO_BLOCKS),
     "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": (0, BLOCKS, NO_BLOCKS),
     "DYN_KVBM_VERIFY_HOST": (False, WORDS, NO_WORDS),
+    "DYN_KVBM_EVICTION_POLICY": (
+        "lru",
+        [("lru", "lru"), ("Reuse", "reuse"), ("my.place:Policy", "my.place:Policy")],
+        ["arc", "my.place", "my.place:", ":Policy", "my place:Policy", "1x:Policy"],
+    ),
     "DYN_KVBM_DEVICE_STAGING": (True, WORDS, NO_WORDS),
     "DYN_KVBM_DEVICE_CALIBRATION": (True, WORDS, NO_WORDS),
     "DYN_KVBM_DISABLE_WRITE_COMBINED": (False, ANY, []),

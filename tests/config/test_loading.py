@@ -48,7 +48,11 @@ def test_an_explicit_value_wins_even_if_it_is_the_default() -> None:
 
 
 # For those that take one of a few words only.
-OTHER_VALUES = {"kv_events_consolidator_mode": "passthrough", "load_failure_policy": "fail"}
+OTHER_VALUES = {
+    "eviction_policy": "reuse",
+    "kv_events_consolidator_mode": "passthrough",
+    "load_failure_policy": "fail",
+}
 
 
 @pytest.mark.parametrize("tunable", tunables(), ids=lambda t: t.field)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.vllm_lab.probes import blocks_in_use
+from bench.vllm_lab.probes import blocks_in_use, uses_seen_by_policy
 from bench.vllm_lab.results import RunResult
 from bench.vllm_lab.workload import Call, Chat, Replay
 from tests.e2e.lab import (
@@ -60,15 +60,21 @@ def test_outputs_are_equal_without_the_engines_prefix_cache(lab: Lab) -> None:
         assert phase.external_hit_tokens >= 0.95 * reusable_tokens(phase)
 
 
-def test_outputs_are_equal_while_the_host_tier_evicts(lab: Lab) -> None:
-    small = {"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": str(SMALL_HOST_BLOCKS)}
+@pytest.mark.parametrize("policy", ["lru", "reuse"])
+def test_outputs_are_equal_while_the_host_tier_evicts(lab: Lab, policy: str) -> None:
+    small = {
+        "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": str(SMALL_HOST_BLOCKS),
+        "DYN_KVBM_EVICTION_POLICY": policy,
+    }
     run = lab.run(
         lab.with_kvbm(environment=small, device_blocks=48),
         Chat("chat", TRAFFIC),
         Replay("again", "chat", turns=(LAST_TURN,), latest_first=True),
         Replay("once more", "chat", turns=(LAST_TURN,)),
+        Call("asked", uses_seen_by_policy),
     )
     assert_same_outputs(lab.reference(), run["chat"], run["again"], run["once more"])
+    assert (run["asked"].value > 0) == (policy == "reuse")
     assert sum(phase.external_hit_tokens for phase in run.phases.values()) > 0
     assert sum(phase.kvbm_counters["kvbm_evicted_blocks"] for phase in run.phases.values()) > 0
     # Everything would have been found if nothing had been evicted.

@@ -97,3 +97,25 @@ def test_a_missing_library_is_named_with_its_remedy(
     monkeypatch.setattr(command, "LIBRARIES", ("no_such_library",))
     assert main(["run", str(made), "--capacity", "1k"]) == 1
     assert "no_such_library is missing: pip install kvbm[replay]" in capsys.readouterr().err
+
+
+def test_a_policy_is_replayed_and_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(made), "--capacity", "50", "--alone", "--json"]
+    found = []
+    for policy in ("lru", "reuse", "kvbm.eviction.reuse:Reuse"):
+        assert main([*arguments, "--policy", policy]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [entry["policy"] for entry in found] == ["lru", "reuse", "kvbm.eviction.reuse:Reuse"]
+    plain, learned, same = (entry["capacities"][0]["decisions"] for entry in found)
+    assert plain != learned == same
+    assert main([*arguments[:-1], "--policy", "kvbm.eviction.reuse:Reuse", "--disk", "200"]) == 0
+    assert "kvbm, Reuse" in capsys.readouterr().out
+
+
+def test_a_policy_that_there_is_not_is_one_line_and_status_1(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(made), "--capacity", "50", "--policy", "arc"]) == 1
+    error = capsys.readouterr().err
+    assert "--policy='arc' is not valid (allowed: lru, reuse, or package.module:Class" in error
+    assert error.count("\n") == 1

@@ -2,10 +2,16 @@
 """The real block table under a trace."""
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from kvbm.replay.manager import CALLS, Pace, replay
+from kvbm._fast.keys import Keys
+from kvbm._fast.ranks import Uses
+from kvbm.errors import KvbmError
+from kvbm.replay.disk import replay_with_disk
+from kvbm.replay.manager import CALLS, Outcome, Pace, replay
 from kvbm.replay.policies import lru_hits, unbounded_hits
 from kvbm.replay.synthetic import conversations
 from kvbm.replay.trace import Request, Trace
@@ -40,6 +46,27 @@ def test_the_same_trace_gives_the_same_decisions_bit_for_bit() -> None:
     assert first.decisions == again.decisions
     assert (first.hits, first.evicted) == (again.hits, again.evicted)
     assert first.decisions != replay(TRACE, 301, Pace(5000, 20)).decisions
+
+
+def test_the_decisions_of_upstreams_order_are_what_they_have_always_been() -> None:
+    decisions = replay(TRACE, 300, Pace(5000, 20)).decisions
+    assert decisions == "16d8368e625eb591e5157f6f494253f5eb36b5fa28793cb5829b2ac2071a725a"
+
+
+class Fails:
+    """A policy that fails at its fourth request."""
+
+    def __init__(self, uses: Uses) -> None:
+        self.uses = uses
+
+    def arrive(self, use: int, keys: Keys, stop: int, hits: int) -> int:
+        return 1 // (4 - use) - 1
+
+
+@pytest.mark.parametrize("run", [replay, partial(replay_with_disk, disk_blocks=100)])
+def test_a_policy_that_fails_is_no_result(run: Callable[..., Outcome]) -> None:
+    with pytest.raises(KvbmError, match="the eviction policy failed"):
+        run(TRACE, 100, policy=Fails)
 
 
 @pytest.mark.parametrize("capacity", [40, 200, 1000])

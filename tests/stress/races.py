@@ -40,6 +40,8 @@ from kvbm._fast.recovery import recover
 from kvbm._fast.segment import Segment, SegmentFault
 from kvbm._fast.table import BlockTable
 from kvbm._fast.worker_loop import WorkerLoop
+from kvbm.eviction.policy import evict_by
+from kvbm.eviction.reuse import Reuse
 from kvbm.transfer.arena_layout import ArenaLayout
 from tests.fast.instances import Instance, digests, instance
 from tests.fast.probe import load
@@ -201,6 +203,7 @@ def life(stage: Stage, number: int, life_number: int) -> None:
     segment = stage.attach()
     stage.claim(lambda: claim_leader(segment, number), segment)
     table = OperationTable(segment)
+    evict_by(table, Reuse if life_number % 2 else None)
     assert segment.leader is not None
     device = np.zeros((stage.races.DEVICE_BLOCKS, stage.races.CHUNK_BYTES), dtype=np.uint8)
     last = life_number == stage.lives - 1

@@ -25,6 +25,8 @@ from kvbm._fast.operation_table import OperationTable
 from kvbm._fast.participants import claim_leader
 from kvbm._fast.recovery import recover
 from kvbm._fast.segment import Segment, SegmentFault
+from kvbm.eviction.policy import evict_by
+from kvbm.eviction.reuse import Reuse
 from tests.fast.instances import digests
 
 PAYLOAD_BYTES = 16
@@ -148,7 +150,9 @@ def run(name: str, seed: int, seconds: float, report: Callable[[Counter[str]], N
     done: Counter[str] = Counter()
     segment = attach(name, done)
     payloads = Payloads(name, segment.shape.host_slots)
-    traffic = Traffic(OperationTable(segment), payloads, random.Random(seed), done)
+    table = OperationTable(segment)
+    evict_by(table, Reuse if seed % 2 else None)  # leaders of both orders beside each other
+    traffic = Traffic(table, payloads, random.Random(seed), done)
     end = time.monotonic() + seconds
     reported = time.monotonic()
     while time.monotonic() < end:
