@@ -62,6 +62,7 @@ from kvbm._fast.operations cimport (
     operation_submit,
     rings_room,
 )
+from kvbm._fast.ranks cimport ranks_stamp
 from kvbm._fast.segment cimport Segment
 from kvbm._fast.supply cimport supply_leave
 from kvbm._fast.table cimport KEYS_AHEAD, BlockTable, make_ref, set_parent
@@ -200,6 +201,8 @@ cdef class OperationTable(BlockTable):
         # What is computed again is as recent as what is stored: upstream's look-up before a store
         # returns it, too.
         if there != NO_REF and self.hold_parent(there):
+            if self.evictor.ranks != NULL:
+                ranks_stamp(self.view, self.evictor.ranks, <uint32_t>there, self.use)
             self.let_go(there, 0)
         self.submit_all(pending, pending_count, handles)
         return handles, i, None if ref == NO_REF else ref

@@ -126,6 +126,19 @@ def test_a_use_gives_all_of_a_chain_its_class(made: Instance) -> None:
     assert victims(table, 8) == chain[::-1] + other[::-1]
 
 
+def test_what_is_stored_again_gets_the_class_of_who_stores_it(made: Instance) -> None:
+    table = made.leader()
+    policy = told(table)
+    chain = put(table, policy, "chain", 4, 5)
+    other = put(table, policy, "other", 4, 2)
+    policy.next_class = 1
+    keys = Keys(digests(4, "chain"))
+    _, first = table.match(keys, 0, 1)  # the rest was asked for on the device
+    table.unpin(first or 0)
+    assert table.store(keys, 0, 4, [0, 1, 2, 3], None, 1)[:2] == ([], 4)
+    assert victims(table, 8) == chain[::-1] + other[::-1]
+
+
 def test_the_policy_is_asked_once_a_sequence_and_told_what_was_hit(made: Instance) -> None:
     table = made.leader()
     policy = told(table)
