@@ -77,6 +77,7 @@ class KvConnectorLeader:
         check_engine(llm_args)
         self.place = engine_place(llm_args, self.settings, own_engine_id(llm_args))
         self._values = fingerprint_values(llm_args)
+        self._llm_args = llm_args
         self._cache: EngineCache | None = None
         self.leader: Leader = None  # type: ignore[assignment]
         self._events: Any = None
@@ -123,6 +124,12 @@ class KvConnectorLeader:
         assert cache.leader is not None
         self._cache, self.leader, self._off = cache, cache.leader, False
         self.call_time = CallTime(cache.segment)
+        if not getattr(self._llm_args.kv_cache_config, "enable_block_reuse", True):
+            logger.warning(
+                "nothing will be loaded: TensorRT-LLM asks its connector only if "
+                "kv_cache_config.enable_block_reuse is on, and it is off, or was turned off since "
+                "the attention backend does not support it"
+            )
         self._events = start_events(self.settings, self.place.instance, cache.disk_is_open)
         return True
 
@@ -222,21 +229,18 @@ class KvConnectorLeader:
                 known.request = request
                 # Inputs without a hash, which the copy that was looked up does not show.
                 known.given_up = bool(getattr(request, "py_multimodal_data", None))
-                self._place(request_id, known, block_ids)
+                known.place(block_ids, self.place.block_tokens)
+                self.leader.sequences[request_id].set_device_blocks([known.blocks])
                 self._claim(request_id, block_ids[known.computed // self.place.block_tokens :])
                 if known.promised:
                     self._load(request, known)
         except Exception:
+            if known is not None:
+                known.given_up = True
             if known is not None and known.promised:
                 self._broken.add(request_id)
                 self.leader.fail_load(request_id, [])
             raise
-
-    def _place(self, request_id: str, known: KnownRequest, block_ids: Sequence[int]) -> None:
-        if any(block < 0 for block in block_ids):
-            raise ValueError(f"request {request_id} has blocks without a place on the device")
-        known.blocks = list(block_ids)
-        self.leader.sequences[request_id].set_device_blocks([known.blocks])
 
     def _load(self, request: Any, known: KnownRequest) -> None:
         """Load as many of the promised blocks as TensorRT-LLM counts as computed."""
@@ -434,8 +438,7 @@ class KvConnectorLeader:
             )
         upto = min(end, known.chain.total_tokens) // block
         if upto > known.settled:
-            if any(block_id < 0 for block_id in known.blocks):
-                raise ValueError(f"request {request_id} has blocks without a place on the device")
+            known.check_places()
             sequence.set_device_blocks([known.blocks])
             self._store(request_id, known, sequence, upto)
 
@@ -455,7 +458,8 @@ class KvConnectorLeader:
         self, request_id: str, known: KnownRequest, sequence: TrackedSequence, upto: int
     ) -> None:
         """Store a request's own blocks, as far as its priorities allow and its prefix is cached."""
-        end, priority = self._allowed(known, upto)
+        least = self.settings.host_offload_prefix_min_priority
+        end, priority = known.may_be_offloaded(upto, least)
         before, group = set(sequence.stores), sequence.groups[0]
         self.leader.store(sequence, end, priority)
         added = [handle for handle in sequence.stores if handle not in before]
@@ -463,20 +467,6 @@ class KvConnectorLeader:
             self._new.stores[request_id] = added
         limited = end < upto or group.stored < sequence.own_from
         known.settled = upto if limited else group.stored
-
-    def _allowed(self, known: KnownRequest, upto: int) -> tuple[int, int]:
-        """How far blocks may be offloaded, and the least of the priorities of the new ones.
-
-        Blocks without a priority have 0, as upstream.
-        """
-        given = known.priorities[:upto]
-        least = self.settings.host_offload_prefix_min_priority
-        priorities = given + [0] * (upto - len(given))
-        if least > 0:
-            low = (number for number, value in enumerate(priorities) if value < least)
-            upto = next(low, upto)
-        new = priorities[known.settled : upto]
-        return upto, min(new, default=0)
 
     def _forget(self) -> None:
         """Requests that no step has had for long, and that do not load, were cancelled."""

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvbm.closing import close_at_exit
-from kvbm.errors import ConfigError, GeometryError, TransferError
+from kvbm.errors import ConfigError, TransferError
 from kvbm.step import StepMetadata
 from kvbm.transfer.backends import Device
 from kvbm.transfer.geometry import geometry_of
 from kvbm.trtllm_integration import compat
 from kvbm.trtllm_integration.engine import (
     check_engine,
+    check_pool,
     engine_place,
     own_engine_id,
     settings_of,
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-POOL_AXES = 4
-"""TensorRT-LLM's pool: blocks, layers, keys and values (one where they are one), the rest."""
 
 
 class KvConnectorWorker:
@@ -76,17 +74,14 @@ class KvConnectorWorker:
         GeometryError
             The tensor is not understood.
         ConfigError
-            It is on a device that no backend serves, or was registered before.
+            It is on a device that no backend serves, was registered before, or its blocks may have
+            other tokens than is said.
         """
         if self._worker is not None:
             raise ConfigError("the KV cache of this worker is registered already")
         check_engine(self._llm_args)  # a model may have added to it since
         shape = tuple(map(int, pool.shape))
-        if len(shape) != POOL_AXES or shape[2] not in (1, 2):
-            raise GeometryError(
-                f"KV pool of shape {shape} is not understood: (blocks, layers, 1 or 2, elements) "
-                "is expected"
-            )
+        check_pool(self._llm_args, shape)
         engine_id = own_engine_id(self._llm_args)
         ranks = int(self._llm_args.parallel_config.to_mapping().world_size)
         if ranks > 1:

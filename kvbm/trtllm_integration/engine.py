@@ -8,17 +8,24 @@ import logging
 import os
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvbm.config import Settings, load_settings
-from kvbm.errors import ConfigError
+from kvbm.errors import ConfigError, GeometryError
 from kvbm.fingerprint import config_version, weights_version
 from kvbm.instance import private_instance
 from kvbm.leader.opening import EnginePlace
 from kvbm.trtllm_integration import compat
 
 logger = logging.getLogger(__name__)
+
+POOL_AXES = 4
+"""TensorRT-LLM's pool: blocks, layers, keys and values (one where they are one), the rest."""
+
+MLA_TOKENS = 64
+"""Tokens of a block where TensorRT-LLM uses FlashMLA; it tells connectors what was configured."""
 
 _lock = threading.Lock()
 _engine_ids: dict[int, tuple[Any, str]] = {}
@@ -80,6 +87,9 @@ def check_engine(llm_args: Any) -> None:
         "kv_cache_config.max_attention_window: blocks behind a sliding window are overwritten": (
             _slides(llm_args)
         ),
+        "attn_backend VANILLA: its blocks are as long as a batch": (
+            getattr(llm_args, "attn_backend", None) == "VANILLA"
+        ),
         "sparse_attention_config: its index cache is not registered with connectors": (
             getattr(llm_args, "sparse_attention_config", None) is not None
         ),
@@ -109,6 +119,29 @@ def _slides(llm_args: Any) -> bool:
     windows = getattr(llm_args.kv_cache_config, "max_attention_window", None) or ()
     longest = getattr(llm_args, "max_seq_len", None)
     return any(longest is None or window < longest for window in windows)
+
+
+def check_pool(llm_args: Any, shape: Sequence[int]) -> None:
+    """Refuse a KV pool that is not understood, or whose blocks may have other tokens than is said.
+
+    Raises
+    ------
+    GeometryError
+        It does not have TensorRT-LLM's axes.
+    ConfigError
+        The message says what to change.
+    """
+    if len(shape) != POOL_AXES or shape[2] not in (1, 2):
+        raise GeometryError(
+            f"KV pool of shape {tuple(shape)} is not understood: it has blocks, layers, 1 or 2, "
+            "elements"
+        )
+    tokens = int(llm_args.kv_cache_config.tokens_per_block)
+    if shape[2] == 1 and tokens != MLA_TOKENS:
+        raise ConfigError(
+            f"kv_cache_config.tokens_per_block={tokens} is not supported for this model: with MLA, "
+            f"TensorRT-LLM may use blocks of {MLA_TOKENS} tokens whatever is set; set {MLA_TOKENS}"
+        )
 
 
 def fingerprint_values(llm_args: Any) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvbm.hashing import TokenChain
+
+EXTRA_TOKENS = 128
+"""Places that TensorRT-LLM may allocate beyond a prompt, for draft tokens, at most."""
 
 
 @dataclass
@@ -66,3 +70,45 @@ class KnownRequest:
             return bool(self.request.is_finished or self.request.is_generation_complete_state)
         except AttributeError:  # it cannot be told
             return True
+
+    def place(self, block_ids: Sequence[int], block_tokens: int) -> None:
+        """Note the device blocks of its admission.
+
+        Raises
+        ------
+        ValueError
+            They cannot be those of its tokens.
+        """
+        tokens = self.chain.total_tokens
+        needed, more = -(-tokens // block_tokens), 1 + -(-EXTRA_TOKENS // block_tokens)
+        if not needed <= len(block_ids) <= needed + more:
+            raise ValueError(
+                f"{tokens} tokens have {len(block_ids)} blocks: those of TensorRT-LLM have not "
+                f"{block_tokens} tokens"
+            )
+        self.blocks = list(block_ids)
+        self.check_places()
+
+    def check_places(self) -> None:
+        """Refuse blocks that have no place on the device.
+
+        Raises
+        ------
+        ValueError
+            There is one.
+        """
+        if any(block < 0 for block in self.blocks):
+            raise ValueError("it has blocks without a place on the device")
+
+    def may_be_offloaded(self, upto: int, least: int) -> tuple[int, int]:
+        """Return how far blocks before `upto` may be offloaded, and the least of their priorities.
+
+        They may up to the first with a priority below `least`. Blocks without one have 0, as
+        upstream.
+        """
+        given = self.priorities[:upto]
+        priorities = given + [0] * (upto - len(given))
+        if least > 0:
+            low = (number for number, value in enumerate(priorities) if value < least)
+            upto = next(low, upto)
+        return upto, min(priorities[self.settled : upto], default=0)

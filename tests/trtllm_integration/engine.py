@@ -93,6 +93,7 @@ def arguments(ranks: int = 1, rank: int = 0, **changes: Any) -> SimpleNamespace:
         "dtype": "auto",
         "host_cache_size": None,
         "max_attention_window": None,
+        "enable_block_reuse": True,
     }
     cache.update({name: changes.pop(name) for name in list(changes) if name in cache})
     mapping = {"world_size": ranks, "rank": rank, "tp_size": ranks, "pp_size": 1, "cp_size": 1}

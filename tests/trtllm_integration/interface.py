@@ -100,6 +100,7 @@ ARGUMENTS = {
 MAPPING = {"to_mapping", "world_size", "rank", "tp_size", "pp_size", "cp_size"}
 CACHE_CONFIG = {
     "tokens_per_block", "dtype", "host_cache_size", "max_attention_window", "kv_cache_quant_algo",
+    "enable_block_reuse",
 }  # fmt: skip
 
 

@@ -272,6 +272,33 @@ def test_requests_that_no_step_has_for_long_are_forgotten(
     assert engine.side.leader.sequences == {}
 
 
+def test_a_finished_request_is_told_once_its_copies_have_ended_and_not_before(serve: Serve) -> None:
+    engine = serve()
+    request = Request(1, list(PROMPT))
+    in_flight(engine, request)  # its copies wait for the forward pass
+    engine.active.clear()
+    assert engine.scheduler.request_finished(request, list(request.blocks))
+    worker = engine.workers[0]
+    for number in range(20):
+        assert worker.get_finished([] if number else [1], []) == ([], [])
+    worker.wait_for_save(SimpleNamespace())
+    assert wait_until(lambda: worker.get_finished([], []) == ([1], []))
+    assert worker.get_finished([], []) == ([], [])
+
+
+@pytest.mark.parametrize("count", [2, 4, 5 + 1 + 16 + 1])
+def test_blocks_of_another_length_than_was_said_are_not_cached(serve: Serve, count: int) -> None:
+    """TensorRT-LLM may use other blocks than those that were configured (FlashMLA)."""
+    engine = serve()
+    request = Request(1, list(PROMPT), chunk=len(PROMPT))
+    assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    request.blocks = list(range(count))
+    engine.scheduler.update_state_after_alloc(request, request.blocks)
+    metadata = engine.scheduler.build_connector_meta(engine.output([request]))
+    assert (metadata.stores, metadata.lost) == ({}, [])
+    assert engine.counter("errors") == 1
+
+
 # ---- outputs that are not understood -------------------------------------------------------------
 def test_more_scheduled_tokens_than_blocks_are_told_and_counted(
     serve: Serve, caplog: pytest.LogCaptureFixture

@@ -101,6 +101,15 @@ def test_what_is_on_disk_is_there_for_the_next_request(
     assert wait_until(lambda: engine.side.leader.collect() or matched() == WHOLE)
 
 
+def test_block_reuse_that_is_off_is_told(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = serve(waits=False)
+    engine.side._llm_args.kv_cache_config.enable_block_reuse = False
+    engine.scheduler.wait_for_initialization()
+    assert "enable_block_reuse" in caplog.text
+
+
 def test_workers_that_do_not_come_are_given_up_without_a_wait(
     interface: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,7 @@ from tests.trtllm_integration.engine import arguments
         ({"max_attention_window": [4096, 512]}, "max_attention_window"),
         ({"max_attention_window": [512], "max_seq_len": None}, "max_attention_window"),
         ({"sparse_attention_config": SimpleNamespace()}, "sparse_attention_config"),
+        ({"attn_backend": "VANILLA"}, "VANILLA"),
         ({"dtype": "nvfp4"}, "4-bit"),
         ({"quant_config": SimpleNamespace(kv_cache_quant_algo="NVFP4")}, "4-bit"),
     ],
@@ -73,11 +74,14 @@ def test_a_pool_of_another_shape_is_refused(interface: Any, shape: tuple[int, ..
 def test_a_cache_without_separate_values_is_understood(interface: Any) -> None:
     from kvbm.trtllm_integration.connector import DynamoKVBMConnectorWorker
 
-    worker = DynamoKVBMConnectorWorker(arguments())
-    worker.register_kv_caches(torch.zeros(8, 3, 1, 16))  # as MLA has it
+    pool = torch.zeros(8, 3, 1, 16)  # as MLA has it
+    with pytest.raises(ConfigError, match="set 64"):
+        DynamoKVBMConnectorWorker(arguments(tokens_per_block=32)).register_kv_caches(pool)
+    worker = DynamoKVBMConnectorWorker(arguments(tokens_per_block=64))
+    worker.register_kv_caches(pool)
     assert worker._worker._worker.geometries[0].bytes_per_block == 3 * 16 * 4
     with pytest.raises(ConfigError, match="registered already"):
-        worker.register_kv_caches(torch.zeros(8, 3, 1, 16))
+        worker.register_kv_caches(pool)
     worker.shutdown()
 
 
