@@ -7,8 +7,8 @@ Recorded from NVIDIA/TensorRT-LLM's `kv_cache_connector.py`:
 here    module                              commit, and what is of that time
 ======  ==================================  ======================================================
 1.2     ..pyexecutor.kv_cache_connector     00fdcbff5ad82a6438b3e0c9dbc5480b6ee52bdc
-1.3     ..pyexecutor.connectors.            035ab91cad04b7b77a479a9526edecfbc742c661, of after
-        kv_cache_connector                  1.3.0rc29: salts as texts, layer groups, second manager
+1.3     ..pyexecutor.connectors.            035ab91cad04b7b77a479a9526edecfbc742c661: salt texts,
+        kv_cache_connector                  layer groups, a second cache manager
 ======  ==================================  ======================================================
 
 Between them (5a06f334f04fb515ff79f73b7f0f7726ad757361) the module had moved, priorities were there
