@@ -85,18 +85,25 @@ import multiprocessing, sys, threading
 from kvbm.closing import call_after_children, close_at_exit
 
 class Open:
+    def __init__(self, told):
+        self.told = told
+
     def close(self):
         print("closed", flush=True)
+        self.told.send("closed")
 
-def child():
-    threading.Event().wait(0.2)
+def child(parent):
+    parent.recv()
+    threading.Event().wait(0.2)  # time in which a call that does not wait would come
     print("child", flush=True)
 
 if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    theirs, ours = context.Pipe(duplex=False)
     call_after_children(lambda: print("end", flush=True))
-    one = Open()
+    one = Open(ours)
     close_at_exit(one, one.close)
-    multiprocessing.get_context(sys.argv[1]).Process(target=child).start()
+    context.Process(target=child, args=(theirs,)).start()
 """
 
 

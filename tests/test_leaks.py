@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaks import SHM, Held, leaked, snapshot, wait_until
+import tests.leaks
+from tests.leaks import SHM, Held, Snapshot, leaked, snapshot, wait_until
 
 
 @pytest.fixture
@@ -119,6 +120,16 @@ def test_a_name_that_a_process_outside_the_tree_has_open_is_not_reported(path: P
     finally:
         for descriptor in (go_write, go_read, ready_read):
             os.close(descriptor)
+
+
+def test_what_comes_and_goes_while_it_is_looked_for_is_no_leak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = iter([["a", "b"], ["b", "c"], ["c", "d"]])
+    monkeypatch.setattr(tests.leaks, "_new", lambda *_: next(looks))
+    assert leaked(Snapshot(), Held()) == []
+    monkeypatch.setattr(tests.leaks, "_new", lambda *_: ["a", "b"])
+    assert leaked(Snapshot(), Held(), settle_s=0) == ["a", "b"]
 
 
 def test_wait_until_tells_whether_the_condition_came_true() -> None:

@@ -84,7 +84,7 @@ def test_a_terminal_that_nobody_knows_is_one_line(sample: Sample) -> None:
 
 def test_json_needs_no_terminal_and_is_a_line_a_picture(sample: Sample, inspect: Inspect) -> None:
     one = inspect("top", sample.name, "--json", "--seconds", 0).stdout.splitlines()
-    several = inspect("top", sample.name, "--json", "--hertz", 30, "--seconds", 0.1)
+    several = inspect("top", sample.name, "--json", "--hertz", 30, "--seconds", 0.5)
     pictures = [json.loads(line) for line in (*one, *several.stdout.splitlines())]
     assert len(one) == 1
     assert len(pictures) > 2

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+import kvbm.leader.late_stores
 from kvbm._fast.keys import Keys
 from kvbm.leader.late_stores import LATE_SECS, LateStores
 from kvbm.leader.sequences import GroupBlocks, TrackedSequence
 from tests.fast.instances import digests
-from tests.small_engine import SmallEngine
+from tests.small_engine import DEADLINE_S, SmallEngine
 
 MANY = 256  # twice the operations of a leader
 EACH = 2  # blocks of a request
@@ -63,7 +64,10 @@ def assert_all_cached(engine: SmallEngine) -> None:
     assert engine.values(range(MANY * EACH)) == [1.0 + block for block in range(MANY * EACH)]
 
 
-def test_256_requests_that_end_with_their_prefill_are_all_stored(engine: SmallEngine) -> None:
+def test_256_requests_that_end_with_their_prefill_are_all_stored(
+    engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvbm.leader.late_stores, "LATE_SECS", DEADLINE_S)  # on any machine
     kept = prefill_all(engine, finish=True)
     assert len(kept) == MANY
     assert engine.counter("skipped_no_operation") > 0
