@@ -43,7 +43,7 @@ COMMON_PREFIX_FORKS = 4
 """
 AGES_LEARNED = 26
 """Ages that are told apart, half octaves, from 1/64 of the table's blocks in returns on."""
-LEARNED_EVERY, HALVED_EVERY = 50, 8192
+LEARNED_EVERY, HALVED_EVERY = 100, 8192
 """Requests from one estimate to the next, and after which older ones count half."""
 SHRINK = 100.0
 """Continuations after which half of what was observed is believed."""
@@ -83,7 +83,8 @@ def next_factor(reached: Floats, used: Floats, factor: Floats) -> Floats:
     """Factors of all classes, nearer to what was observed."""
     expected = factor * (reached * hazards_of(reached, used, factor)[_STRATUM_OF]).sum(axis=1)
     log = np.log(factor) + np.log((used.sum(axis=1) + SHRINK) / (expected + SHRINK))
-    log -= np.average(log, weights=reached[:, 0] + 1e-9)
+    weight = reached[:, 0] + 1e-9
+    log -= (log @ weight) / weight.sum()
     return np.asarray(np.exp(np.clip(log, -3.0, 3.0)))
 
 
