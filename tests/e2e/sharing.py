@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbm._fast.participants import participants
-from tests.e2e.lives import Driver, Tokens
+from tests.e2e.lives import READY_S, Driver, Tokens
+from tests.leaks import wait_until
 
 _left: list[Any] = []
 """Drivers and held copies between two phases."""
@@ -54,8 +55,26 @@ def gates(folder: Path, count: int) -> Iterator[list[Gate]]:
         gate.close()
 
 
-def nothing(_: Any) -> None:
-    """A phase that ends once the engine takes requests."""
+def ready(llm: Any) -> None:
+    """A phase that ends once the engine takes requests and has slots for their blocks."""
+    Driver(llm)
+
+
+def finish_stores(llm: Any) -> None:
+    """Go on until no store is under way: the end of an engine takes back what is.
+
+    A copy thread may get no processor for half a second where others want it, and blocks that are
+    copied wait for the parent that another engine is filling.
+    """
+    driver = Driver(llm)
+    driver.drain()
+    leader = driver.side.leader
+
+    def stored() -> bool:
+        leader.collect()  # as each step of an engine that has requests does
+        return not leader._storing and not leader._uncollected
+
+    assert wait_until(stored, READY_S)
 
 
 def wait_at(_: Any, gate: Path) -> None:

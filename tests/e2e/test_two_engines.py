@@ -73,17 +73,23 @@ def test_two_engines_with_the_same_traffic_copy_what_one_copies(
 ) -> None:
     sent = lab.last_prompts()
     single = f"{name}-single"
-    alone = lab.run(with_instance(lab, single), Send("alone", sent))
+    alone = lab.run(
+        with_instance(lab, single),
+        Call("ready", sharing.ready),
+        Send("alone", sent),
+        Call("stored", sharing.finish_stores),
+    )
     with sharing.gates(tmp_path, 1) as (start,):
         phases = [
-            Call("started", sharing.nothing),
+            Call("ready", sharing.ready),
             Call("start", sharing.wait_at, (start.path,)),
             Send("both", sent),
+            Call("stored", sharing.finish_stores),
         ]
         settings = with_instance(lab, name)
         with lab.start(settings, phases) as one, lab.start(settings, phases) as other:
             for engine in (one, other):
-                engine.wait_for(phase("started"), START_S)
+                engine.wait_for(phase("ready"), START_S)
             start.open()
             results = [engine.result() for engine in (one, other)]
     assert_same_outputs(lab.reference(), alone["alone"], *(run["both"] for run in results))
