@@ -10,6 +10,7 @@ or waiting biases nothing. All is done in a time that does not depend on how lon
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from kvbm._fast.atomics cimport kv_prefetch
 from kvbm._fast.keys cimport Keys
 from kvbm._fast.ranks cimport RANK_AGES, USES, Use, Uses, age_column, use_of
 
@@ -17,6 +18,7 @@ import numpy as np
 
 cdef enum:
     COUNTED_MAX = 64               # requests counted a call and column; one arrives a call
+    PREFETCHED = 8                 # blocks whose memory is asked for ahead
 
 
 cdef class Lifetimes:
@@ -88,6 +90,9 @@ cdef class Lifetimes:
         cdef uint32_t former
         cdef Remembered *entry
         for i in range(min(stop, keys.count()) - 1, -1, -1):
+            if i >= PREFETCHED and i > first:
+                keys.digest(i - PREFETCHED, &lo, &hi)
+                kv_prefetch(&self.memory[lo & self.memory_mask])
             keys.digest(i, &lo, &hi)
             entry = &self.memory[lo & self.memory_mask]
             if entry.digest != lo or entry.use == 0:

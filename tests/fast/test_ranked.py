@@ -230,6 +230,19 @@ def test_the_order_may_be_changed_at_any_time(made: Instance) -> None:
     assert victims(table, 6) == [*blocks[3:], blocks[1]]
 
 
+def test_a_block_returned_after_a_vain_search_can_go_at_once(made: Instance) -> None:
+    table = made.leader()
+    policy = told(table)
+    blocks = [put(table, policy, i, 1, 1)[0] for i in range(8)]
+    held = [table.match(Keys(digests(1, i)), 0, 1)[1] or 0 for i in range(8)]
+    for _ in range(3):
+        assert table.reserve(Keys(digests(1, "none")), 0, 1) == []
+    table.unpin(held[5])
+    assert victims(table, 1) == [blocks[5]]
+    for ref in held[:5] + held[6:]:
+        table.unpin(ref)
+
+
 def test_a_reset_gives_everything_back_with_a_policy_too(made: Instance) -> None:
     table = made.leader()
     policy = told(table)
