@@ -99,8 +99,10 @@ def test_a_missing_library_is_named_with_its_remedy(
     assert "no_such_library is missing: pip install kvbm[replay]" in capsys.readouterr().err
 
 
-def test_a_policy_is_replayed_and_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", str(made), "--capacity", "50", "--alone", "--json"]
+def test_a_policy_is_replayed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = str(tmp_path / "trace.jsonl")
+    assert main(["make", trace, "--requests", "400"]) == 0
+    arguments = ["run", trace, "--capacity", "50", "--alone", "--json"]
     found = []
     for policy in ("lru", "reuse", "kvbm.eviction.reuse:Reuse"):
         assert main([*arguments, "--policy", policy]) == 0
