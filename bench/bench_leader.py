@@ -35,9 +35,9 @@ from kvbm._fast.participants import claim_worker, set_attached
 from kvbm._fast.segment import Segment
 from kvbm._fast.timing import CallTime
 from kvbm._fast.worker_loop import WorkerLoop
+from kvbm.leader.call_time import counted
 from kvbm.leader.leader import Leader
 from kvbm.transfer.arena_layout import ArenaLayout
-from kvbm.vllm_integration.call_time import counted
 
 CHUNK = 64
 STEP = 1
