@@ -49,6 +49,8 @@ ABOUT = {
     "zmq": ("zmq",),
 }
 
+OURS = ("kvbm", "bench", "scripts")
+
 UNFINISHED = re.compile(r"\b(?:T[O]DO|F[I]XME|X[X]X)\b")
 SLEEP = re.compile(r"\btime\.slee[p]\b|from time import.*\bslee[p]\b")
 MACHINE_PATH = re.compile(r"(?<![\w.}*])/(?:work|root|home/\w+|Users/\w+)/")
@@ -231,6 +233,18 @@ def mirrors(sources: Sequence[Source]) -> Iterator[str]:
     yield from tests_mirror_sources([source.path for source in sources])
 
 
+def imports_exist(sources: Sequence[Source]) -> Iterator[str]:
+    """What a file imports of the project is there, also where no test imports the file."""
+    paths = [PurePosixPath(source.path) for source in sources]
+    modules = {path.with_suffix("") for path in paths if path.suffix in (".py", *CYTHON)}
+    modules |= {parent for module in modules for parent in module.parents}
+    for source in sources:
+        for number, name in imports(source):
+            parts = name.split(".")
+            if parts[0] in OURS and PurePosixPath(*parts) not in modules:
+                yield f"{source.path}:{number}: imports {name}, which is not there"
+
+
 def assertions(source: Source) -> Iterator[str]:
     """Each test can fail."""
     if source.path.startswith("tests/") and source.path.endswith(".py"):
@@ -259,7 +273,7 @@ FILE_RULES: tuple[FileRule, ...] = (
     assertions,
     waits,
 )
-TREE_RULES: tuple[TreeRule, ...] = (stubs_exist, mirrors)
+TREE_RULES: tuple[TreeRule, ...] = (stubs_exist, mirrors, imports_exist)
 
 
 def breaches(rule: FileRule | TreeRule, sources: Sequence[Source]) -> list[str]:
