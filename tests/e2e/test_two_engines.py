@@ -80,7 +80,7 @@ def test_two_engines_with_the_same_traffic_copy_what_one_copies(
         Call("stored", sharing.finish_stores),
     )
     with sharing.gates(tmp_path, 1) as (start,):
-        phases = [
+        phases: list[Phase] = [
             Call("ready", sharing.ready),
             Call("start", sharing.wait_at, (start.path,)),
             Send("both", sent),
