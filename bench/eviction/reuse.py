@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.eviction.cache import Index
+from kvbm._fast.lifetimes import best_rates
 from kvbm.replay.trace import Trace
 
 Floats = NDArray[np.float64]
@@ -45,18 +46,7 @@ def worth_by_age(hazard: Floats) -> Floats:
     hazard : float64[rows, buckets]
         Chance of being used in a bucket, for what has not been used before it.
     """
-    width = np.diff(EDGES)
-    worth = np.zeros_like(hazard)
-    for bucket in range(hazard.shape[1]):
-        left = np.ones(len(hazard))
-        used, stay = np.zeros(len(hazard)), np.zeros(len(hazard))
-        for later in range(bucket, hazard.shape[1]):
-            now = left * hazard[:, later]
-            used += now
-            stay += width[later] * (left - now / 2)
-            left -= now
-            worth[:, bucket] = np.maximum(worth[:, bucket], used / stay)
-    return worth
+    return np.asarray(best_rates(np.ascontiguousarray(hazard), np.diff(EDGES)))
 
 
 class Seen(NamedTuple):
