@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvbm._fast.layout cimport kv_counter, kv_view
+from kvbm._fast.layout cimport (
+    KV_HOLDERS_MASK,
+    KV_REGISTERED,
+    kv_counter,
+    kv_view,
+    kv_word_children,
+    kv_word_state,
+)
 from kvbm._fast.ranks cimport Ranks
 
 cdef enum:
@@ -42,3 +49,11 @@ cdef void evictor_offer(kv_view *view, Evictor *e, uint32_t block) noexcept nogi
 cdef void evictor_advance(kv_view *view, Evictor *e, uint32_t step) noexcept nogil
 cdef bint evictor_take(kv_view *view, Evictor *e, kv_counter reason, uint32_t *block,
                        uint32_t *host_slot) noexcept nogil
+
+
+cdef inline bint unheld(uint64_t word) noexcept nogil:
+    return kv_word_state(word) == KV_REGISTERED and word & KV_HOLDERS_MASK == 0
+
+
+cdef inline bint evictable(uint64_t word) noexcept nogil:
+    return unheld(word) and kv_word_children(word) == 0

@@ -38,9 +38,7 @@ from kvbm._fast.blocks cimport block_evict, block_prefetch, monotonic_ns
 from kvbm._fast.index cimport index_prefetch
 from kvbm._fast.layout cimport (
     KV_C_EVICTED,
-    KV_HOLDERS_MASK,
     KV_NONE,
-    KV_REGISTERED,
     kv_block,
     kv_count,
     kv_counter,
@@ -48,7 +46,6 @@ from kvbm._fast.layout cimport (
     kv_view,
     kv_word_children,
     kv_word_generation,
-    kv_word_state,
 )
 from kvbm._fast.ranked cimport ranked_advance, ranked_clear, ranked_offer, ranked_take
 from kvbm._fast.ranks cimport Ranks
@@ -149,14 +146,6 @@ cdef void evictor_free(Evictor *e) noexcept nogil:
     free(e.gathering.present)
     e.ready.items = e.gathering.items = NULL
     e.ready.present = e.gathering.present = NULL
-
-
-cdef inline bint unheld(uint64_t word) noexcept nogil:
-    return kv_word_state(word) == KV_REGISTERED and word & KV_HOLDERS_MASK == 0
-
-
-cdef inline bint evictable(uint64_t word) noexcept nogil:
-    return unheld(word) and kv_word_children(word) == 0
 
 
 cdef inline bint candidate_of(kv_view *view, uint32_t block, Candidate *c) noexcept nogil:

@@ -23,19 +23,15 @@ from kvbm._fast.atomics cimport (
     kv_u64_load_relaxed,
 )
 from kvbm._fast.blocks cimport block_evict, monotonic_ns
-from kvbm._fast.eviction cimport RETRY_EMPTY_NS, Evictor
+from kvbm._fast.eviction cimport RETRY_EMPTY_NS, Evictor, evictable
 from kvbm._fast.layout cimport (
     KV_C_EVICTED,
-    KV_HOLDERS_MASK,
     KV_NONE,
-    KV_REGISTERED,
     kv_block,
     kv_count,
     kv_counter,
     kv_view,
-    kv_word_children,
     kv_word_generation,
-    kv_word_state,
 )
 from kvbm._fast.ranks cimport (
     Ranked,
@@ -110,11 +106,6 @@ cdef void heap_clear(RankedHeap *h) noexcept nogil:
 
 
 # ---- order ---------------------------------------------------------------------------------------
-cdef inline bint evictable(uint64_t word) noexcept nogil:
-    return (kv_word_state(word) == KV_REGISTERED and word & KV_HOLDERS_MASK == 0
-            and kv_word_children(word) == 0)
-
-
 cdef inline bint candidate_of(kv_view *view, Ranks *r, uint32_t block, Ranked *c) noexcept nogil:
     """Describe a block that can be evicted now; False if it cannot."""
     cdef kv_block *b = &view.blocks[block]
